@@ -1,0 +1,1 @@
+"""Recorded episodes: store, chunks, start states, Minari."""

@@ -1,0 +1,1 @@
+"""Models: choices of codec, dynamics, controls, memory and heads."""

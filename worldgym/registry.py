@@ -1,0 +1,20 @@
+"""The table of worlds and their lazy Gymnasium registration (no torch, no Gymnasium class loaded)."""
+
+# id -> (entry point of the single env, entry point of the native vector env)
+ENVS = {
+    "worldgym/TakeCover-v0": (
+        "worldgym.envs.make:take_cover",
+        "worldgym.envs.make:take_cover_vector",
+    ),
+}
+
+
+def register_envs() -> None:
+    """Register every world with Gymnasium, if Gymnasium is installed; safe to call twice."""
+    try:
+        import gymnasium
+    except ImportError:  # the engine alone works without Gymnasium
+        return
+    for env_id, (single, vector) in ENVS.items():
+        if env_id not in gymnasium.registry:
+            gymnasium.register(env_id, entry_point=single, vector_entry_point=vector)

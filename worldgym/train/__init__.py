@@ -1,0 +1,1 @@
+"""Fitting a world to recorded episodes."""
