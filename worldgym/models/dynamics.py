@@ -19,7 +19,7 @@ class DynamicsConfig:
     window: int = 9
     wan: WanConfig = field(
         default_factory=lambda: WanConfig(
-            dim=160, ffn_dim=480, num_heads=5, num_layers=6, freq_dim=64, text_len=0)
+            dim=128, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_len=0)
     )
 
 
