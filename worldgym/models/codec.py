@@ -1,0 +1,125 @@
+"""Small convolutional autoencoder for frames: the codec of ``nano``.
+
+Shapes: B image, C latent channels, H W pixels, h w latent grid (h = H/8, w = W/8).
+Space-to-depth stems keep every convolution on a 12x or smaller grid, so that two CPU cores can
+train it; a frame is encoded alone (one latent frame per pixel frame).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldgym.errors import ConfigError, DTypeError, ShapeError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecConfig:
+    """Sizes of the autoencoder; ``frame_hw`` must be divisible by 8."""
+
+    frame_hw: tuple[int, int] = (48, 80)
+    channels: int = 16
+    width: int = 48
+    deep_width: int = 96
+
+    @property
+    def latent_chw(self) -> tuple[int, int, int]:
+        """Shape of one latent frame."""
+        return (self.channels, self.frame_hw[0] // 8, self.frame_hw[1] // 8)
+
+
+class _Residual(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(width, width, 3, padding=1)
+        self.b = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.b.weight)
+        nn.init.zeros_(self.b.bias)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW + self.b(F.silu(self.a(F.silu(x_BCHW))))
+
+
+class Codec(nn.Module):
+    """Frames (uint8) to normalised latents (float32) and back.
+
+    The statistics ``mean`` and ``std`` (per channel) are buffers set after training, so that
+    latents that leave this class have about zero mean and unit variance.
+    """
+
+    def __init__(self, cfg: CodecConfig) -> None:
+        super().__init__()
+        height, width = cfg.frame_hw
+        if height % 8 or width % 8 or height < 16 or width < 16:
+            raise ConfigError(
+                "frame size does not fit the codec", given=cfg.frame_hw,
+                expected="height and width divisible by 8, at least 16",
+                fix="resize the game's frames, for example to (48, 80) or (64, 64)",
+            )
+        self.cfg = cfg
+        w, d = cfg.width, cfg.deep_width
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4), nn.Conv2d(48, w, 3, padding=1), _Residual(w),
+            nn.PixelUnshuffle(2), nn.Conv2d(4 * w, d, 1), _Residual(d),
+            nn.Conv2d(d, cfg.channels, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(cfg.channels, d, 3, padding=1), _Residual(d), _Residual(d),
+            nn.Conv2d(d, 4 * w, 1), nn.PixelShuffle(2), _Residual(w), nn.SiLU(),
+            nn.Conv2d(w, 48, 3, padding=1), nn.PixelShuffle(4),
+        )
+        self.register_buffer("mean", torch.zeros(cfg.channels))
+        self.register_buffer("std", torch.ones(cfg.channels))
+
+    def raw(self, pixels_BCHW: Tensor) -> Tensor:
+        """Latents before normalisation, of pixels in [-1, 1]."""
+        return self.encoder(pixels_BCHW)
+
+    def encode(self, frames_BHWC: Tensor) -> Tensor:
+        """Normalised latents (B, C, h, w) of uint8 frames (B, H, W, 3)."""
+        z = self.raw(to_pixels(frames_BHWC, self.cfg.frame_hw, self.mean.device))
+        return (z - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def decode_pixels(self, z_BCHW: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in about [-1, 1] of normalised latents."""
+        return self.decoder(z_BCHW * self.std[:, None, None] + self.mean[:, None, None])
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        """Frames uint8 (B, H, W, 3) of normalised latents (B, C, h, w)."""
+        pixels = self.decode_pixels(z_BCHW).clamp(-1, 1)
+        return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def to_pixels(frames_BHWC: Tensor, frame_hw: tuple[int, int], device: torch.device) -> Tensor:
+    """uint8 frames (B, H, W, 3) to float pixels (B, 3, H, W) in [-1, 1], checked."""
+    if frames_BHWC.dtype != torch.uint8:
+        raise DTypeError(
+            "frames have the wrong dtype", given=frames_BHWC.dtype, expected="uint8 in 0..255",
+            fix="convert with (x * 255).round().astype(np.uint8)",
+        )
+    if frames_BHWC.ndim != 4 or tuple(frames_BHWC.shape[1:]) != (*frame_hw, 3):
+        raise ShapeError(
+            "frames have the wrong shape", given=tuple(frames_BHWC.shape),
+            expected=f"(batch, {frame_hw[0]}, {frame_hw[1]}, 3)",
+            fix="resize the frames to the world's frame size, channels last",
+        )
+    return frames_BHWC.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def codec_loss(codec: Codec, frames_BHWC: Tensor, median_HWC: Tensor, noise_BCHW: Tensor,
+               emphasis: float = 8.0) -> tuple[Tensor, Tensor]:
+    """(weighted squared error + latent penalty, plain squared error on [-1, 1]).
+
+    Pixels far from the recording's median frame weigh more: without this, small moving things
+    (a fireball is a few pixels of thousands) are the first to be dropped.
+    """
+    x = to_pixels(frames_BHWC, codec.cfg.frame_hw, codec.mean.device)
+    median = to_pixels(median_HWC[None], codec.cfg.frame_hw, codec.mean.device)
+    z = codec.raw(x)
+    error = (codec.decoder(z + 0.05 * noise_BCHW) - x) ** 2
+    weight = 1 + emphasis * (x - median).abs().amax(1, keepdim=True)
+    loss = (weight * error).mean() / weight.mean() + 1e-3 * (z**2).mean()
+    return loss, error.detach().mean()

@@ -1,0 +1,105 @@
+"""Dynamics of ``nano``: the causal Wan DiT, steered by actions through its timestep modulation.
+
+Shapes: B slot, F latent frame, C channel, h w latent grid, A action features, D width.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from worldgym.models.wan import WanConfig, WanDiT, block_ids, masked, teacher_forcing_frame_mask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DynamicsConfig:
+    """``window``: frames a step can see, itself included; ``action_features``: width A."""
+
+    action_features: int
+    window: int = 9
+    wan: WanConfig = field(
+        default_factory=lambda: WanConfig(
+            dim=128, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_len=0)
+    )
+
+
+class Dynamics(nn.Module):
+    """A WanDiT and the embedding of the action that led to each frame."""
+
+    def __init__(self, cfg: DynamicsConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.dit = WanDiT(cfg.wan)
+        self.action_embedding = nn.Linear(cfg.action_features, cfg.wan.dim)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fresh weights."""
+        self.dit.initialize(generator)
+        nn.init.normal_(self.action_embedding.weight, std=0.3, generator=generator)
+        nn.init.zeros_(self.action_embedding.bias)
+
+    def condition(self, actions_BFA: Tensor) -> Tensor:
+        """Per-frame conditioning (B, F, D) of action features."""
+        return self.action_embedding(actions_BFA)
+
+    def forward(self, clean_BFChw: Tensor, actions_BFA: Tensor, sigma_BF: Tensor,
+                noise_BFChw: Tensor, context_sigma_BF: Tensor,
+                context_noise_BFChw: Tensor) -> Tensor:
+        """Teacher forcing: flow of every frame given the (slightly noised) frames before it.
+
+        The sequence is [context | noisy]; returns the flow of the noisy half (B, F, C, h, w).
+        """
+        def mix(x: Tensor, eps: Tensor, s_BF: Tensor) -> Tensor:
+            s = s_BF[..., None, None, None]
+            return (1 - s) * x + s * eps
+
+        frames = clean_BFChw.shape[1]
+        x = torch.cat([mix(clean_BFChw, context_noise_BFChw, context_sigma_BF),
+                       mix(clean_BFChw, noise_BFChw, sigma_BF)], dim=1)
+        t = 1000 * torch.cat([context_sigma_BF, sigma_BF], dim=1)
+        mask = teacher_forcing_frame_mask(block_ids(frames, 1), self.cfg.window)
+        patch = self.cfg.wan.patch_size
+        tokens = (x.shape[-2] // patch[1]) * (x.shape[-1] // patch[2])
+        flow = self.dit(
+            x.transpose(1, 2), t, attend=masked(mask, tokens),
+            frame_index_BF=torch.arange(frames, device=x.device).repeat(2),
+            cond_BFD=self.condition(actions_BFA).repeat(1, 2, 1),
+        )
+        return flow.transpose(1, 2)[:, frames:]
+
+
+def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor, mean_Chw: Tensor,
+                  valid_BF: Tensor, generator: torch.Generator, share: tuple[int, int] = (0, 1),
+                  full_noise: float = 0.35, context_noise: float = 0.3) -> tuple[Tensor, dict]:
+    """Flow-matching loss of frames 1.. given the frames before them.
+
+    Noise levels: a ``full_noise`` share of frames starts from pure noise (where every step of a
+    rollout starts), the rest is uniform. Half of the clips see a context noised up to
+    ``context_noise``, so that a rollout survives its own errors. Cells far from the recording's
+    mean latent weigh more: that is where things move. ``share``: (rank, processes); noise is
+    drawn for the whole batch and cut, so the number of processes changes nothing.
+    """
+    b, f = latents_BFChw.shape[:2]
+    rank, size = share
+    device = latents_BFChw.device
+
+    def draw(kind, *shape: int) -> Tensor:
+        whole = kind(b * size, *shape, generator=generator)
+        return whole[rank * b:(rank + 1) * b].to(device)
+
+    sigma = draw(torch.rand, f)
+    sigma = torch.where(draw(torch.rand, f) < full_noise, torch.ones_like(sigma), sigma)
+    level = context_noise * draw(torch.rand, f) * (draw(torch.rand, 1) < 0.5)
+    noise = draw(torch.randn, *latents_BFChw.shape[1:])
+    flow = model(latents_BFChw, actions_BFA, sigma, noise, level,
+                 draw(torch.randn, *latents_BFChw.shape[1:]))
+    far = (latents_BFChw - mean_Chw).abs().mean(2, keepdim=True)
+    weight = (0.4 + far) * valid_BF[..., None, None, None]
+    weight[:, 0] = 0
+    error = (flow - (noise - latents_BFChw)) ** 2
+    loss = (weight * error).sum() / (weight.sum() * latents_BFChw.shape[2])
+    with torch.no_grad():
+        start = (sigma == 1)[:, 1:] & valid_BF[:, 1:].bool()
+        first = error[:, 1:].mean((2, 3, 4))[start].mean() if start.any() else loss
+    return loss, {"full_noise_mse": float(first)}
+

@@ -1,0 +1,85 @@
+"""Reward and end heads of ``nano``: what the next step will bring, read from the frames so far.
+
+Shapes: B slot, K past latent frames, C channel, h w grid, A action features, M head members.
+The heads look at the *past* and the action, never at a drawn ending: the chance of an ending is
+p(end | frames before, action) and the dynamics draw p(frame | frames before, action, no end).
+A world that had to draw its endings could be played by making it forget to (the classic trap).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutcomeConfig:
+    """``frames``: K past frames read; ``members``: independent heads whose chances are averaged."""
+
+    latent_chw: tuple[int, int, int]
+    action_features: int
+    frames: int = 4
+    width: int = 48
+    hidden: int = 128
+    members: int = 2
+
+
+class _Member(nn.Module):
+    def __init__(self, cfg: OutcomeConfig) -> None:
+        super().__init__()
+        c, h, w = cfg.latent_chw
+        self.inputs = nn.Linear(9 * (cfg.frames * c + 1), cfg.width)
+        self.middle = nn.Linear(9 * cfg.width, cfg.width // 2)
+        self.hidden = nn.Linear(cfg.width // 2 * h * w + cfg.action_features, cfg.hidden)
+        self.last = nn.Linear(cfg.hidden + cfg.action_features, 3)
+
+    def forward(self, x_BChw: Tensor, action_BA: Tensor) -> Tensor:
+        # 3x3 convolutions written as matrix products: their bits do not depend on the batch
+        x = F.silu(self.inputs(_neighbours(x_BChw)))
+        x = F.silu(self.middle(_neighbours(x.transpose(1, 2).unflatten(2, x_BChw.shape[2:]))))
+        x = F.silu(self.hidden(torch.cat([x.flatten(1), action_BA], 1)))
+        return self.last(torch.cat([x, action_BA], 1))
+
+
+def _neighbours(x_BChw: Tensor) -> Tensor:
+    """(B, h * w, 9 C): every cell with its eight neighbours, zeros outside."""
+    return F.unfold(x_BChw, 3, padding=1).transpose(1, 2)
+
+
+class Outcome(nn.Module):
+    """End chance and reward of the step that ``action`` leads to.
+
+    ``forward`` returns (B, M, 3): end logit, reward if the episode goes on, reward if it ends.
+    """
+
+    def __init__(self, cfg: OutcomeConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.members = nn.ModuleList(_Member(cfg) for _ in range(cfg.members))
+        self.register_buffer("reward_scale", torch.ones(()))
+
+    def forward(self, past_BKChw: Tensor, action_BA: Tensor) -> Tensor:
+        x = past_BKChw.flatten(1, 2)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # marks the border against zero padding
+        return torch.stack([member(x, action_BA) for member in self.members], 1)
+
+    def predict(self, past_BKChw: Tensor, action_BA: Tensor) -> tuple[Tensor, Tensor]:
+        """(end chance (B,), rewards (B, 2) if it goes on / if it ends)."""
+        rows = len(action_BA)
+        pad = max(0, 4 - rows)  # matrix products have row-independent bits from 4 rows on
+        out = self(F.pad(past_BKChw, (0, 0) * 4 + (0, pad)), F.pad(action_BA, (0, 0, 0, pad)))
+        out = out[:rows]
+        return out[..., 0].sigmoid().mean(1), out[..., 1:].mean(1) * self.reward_scale
+
+
+def outcome_loss(model: nn.Module, past_BKChw: Tensor, action_BA: Tensor, reward_B: Tensor,
+                 end_B: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the end and squared error of the reward of whichever branch happened."""
+    out = model(past_BKChw, action_BA)
+    end = end_B.float()[:, None].expand(-1, out.shape[1])
+    bce = F.binary_cross_entropy_with_logits(out[..., 0], end)
+    guess = torch.where(end.bool(), out[..., 2], out[..., 1])
+    squared = (guess - (reward_B / scale)[:, None]) ** 2
+    return bce + squared.mean(), {"end_bce": float(bce.detach()),
+                                  "reward_mse": float(squared.detach().mean())}

@@ -1,0 +1,55 @@
+"""Three-dimensional rotary position embedding (Wan2.1; specs/actionparty.md section 3.2).
+
+Pairs (2j, 2j+1) of a head are rotated; the pairs are split over (frame, row, column). Angles are
+computed on the fly in float64, so a rollout has no longest length.
+"""
+
+import torch
+from torch import Tensor
+
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """Number of pairs for (frame, row, column): (half - 2 (half // 3), half // 3, half // 3)."""
+    half = head_dim // 2
+    return half - 2 * (half // 3), half // 3, half // 3
+
+
+def axis_frequencies(pairs: int) -> Tensor:
+    """Angle per unit of position, float64 (pairs,): 10000^(-j / pairs)."""
+    return 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
+
+
+def rotation(frame_BF: Tensor, grid_hw: tuple[int, int], head_dim: int) -> Tensor:
+    """Unit complex numbers (B, F * h * w, head_dim / 2), complex128, for tokens in (f, y, x) order.
+
+    ``frame_BF``: absolute frame indices; rows and columns count from 0.
+    """
+    pairs_t, pairs_y, pairs_x = axis_pairs(head_dim)
+    (b, f), (h, w) = frame_BF.shape, grid_hw
+    device = frame_BF.device
+    t = frame_BF.double()[..., None] * axis_frequencies(pairs_t).to(device)
+    y = torch.arange(h, dtype=torch.float64)[:, None] * axis_frequencies(pairs_y)
+    x = torch.arange(w, dtype=torch.float64)[:, None] * axis_frequencies(pairs_x)
+    angle = torch.cat(
+        [
+            t[:, :, None, None].expand(b, f, h, w, pairs_t),
+            y.to(device)[None, None, :, None].expand(b, f, h, w, pairs_y),
+            x.to(device)[None, None, None].expand(b, f, h, w, pairs_x),
+        ],
+        dim=-1,
+    ).reshape(b, f * h * w, head_dim // 2)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def cos_sin(rotation_BTP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Interleaved cosines and signed sines (B, T, 1, 2P) ready for ``rotate``."""
+    cos = rotation_BTP.real.repeat_interleave(2, dim=-1)
+    sin = torch.stack([-rotation_BTP.imag, rotation_BTP.imag], dim=-1).flatten(-2)
+    return cos.to(dtype)[:, :, None], sin.to(dtype)[:, :, None]
+
+
+def rotate(x_BTND: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate every head's pairs; ``table`` comes from ``cos_sin``."""
+    cos, sin = table
+    swapped = x_BTND.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x_BTND * cos + swapped * sin

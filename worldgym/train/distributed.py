@@ -1,0 +1,106 @@
+"""One process or many: DDP by default, ``fully_shard`` behind a flag; launched by torchrun."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Group:
+    """The processes that train together; alone, every method is the identity."""
+
+    def __init__(self, rank: int = 0, size: int = 1, shard: bool = False,
+                 device: torch.device | None = None) -> None:
+        self.rank, self.size, self.shard = rank, size, shard
+        self.device = device or torch.device("cpu")
+
+    @classmethod
+    def from_env(cls, device: str = "cpu", shard: bool = False) -> "Group":
+        """Join the group that torchrun describes in the environment, if any."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls(device=torch.device(device))
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        where = torch.device(device)
+        if where.type == "cuda":
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(where)
+        return cls(dist.get_rank(), dist.get_world_size(), shard, where)
+
+    @property
+    def first(self) -> bool:
+        """True on the process that writes files."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """``module`` ready for joint training."""
+        if self.size == 1:
+            return module
+        if self.shard:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = dist.init_device_mesh(self.device.type, (self.size,))
+            for block in getattr(module, "blocks", []):
+                fully_shard(block, mesh=mesh)
+            return fully_shard(module, mesh=mesh)
+        return nn.parallel.DistributedDataParallel(module)
+
+    def rows(self, n: int) -> slice:
+        """This process's share of a global batch of ``n`` rows."""
+        return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        """Live tensors of ``module``; whole ones, also when sharded."""
+        if self.size > 1 and self.shard:
+            from torch.distributed.checkpoint.state_dict import (
+                StateDictOptions,
+                get_model_state_dict,
+            )
+
+            options = StateDictOptions(full_state_dict=True)
+            return get_model_state_dict(module, options=options)
+        return module.state_dict()
+
+    def full(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        """Whole state of model and optimiser, for a checkpoint."""
+        if self.size > 1 and self.shard:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            model, optim = get_state_dict(module, optimizer, options=options)
+            return {"model": model, "optimizer": optim}
+        return {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """Inverse of ``full``."""
+        if self.size > 1 and self.shard:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+            set_state_dict(module, optimizer, model_state_dict=state["model"],
+                           optim_state_dict=state["optimizer"],
+                           options=StateDictOptions(full_state_dict=True))
+            return
+        module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    def load_model(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Put whole tensors into a module, sharded or not."""
+        if self.size > 1 and self.shard:
+            from torch.distributed.checkpoint.state_dict import (
+                StateDictOptions,
+                set_model_state_dict,
+            )
+
+            set_model_state_dict(module, tensors, options=StateDictOptions(full_state_dict=True))
+            return
+        module.load_state_dict(tensors)
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """Average of each value over the processes."""
+        if self.size == 1:
+            return values
+        packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(packed)
+        return dict(zip(values, (packed / self.size).tolist(), strict=True))
