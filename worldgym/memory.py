@@ -235,11 +235,12 @@ class PagedAttend:
             full the tables are.
         write: page ids (B, Q) to write the block's own keys and values to; -1 = do not keep.
         move_BP: frames by which to turn each page's keys (None: nowhere).
+        reuse: keep what was gathered, for ``again``.
     """
 
     def __init__(self, pool: PagePool, tables: Tables, sees_BQK: np.ndarray,
                  columns: int | None = None, write: np.ndarray | None = None,
-                 move_BP: np.ndarray | None = None) -> None:
+                 move_BP: np.ndarray | None = None, reuse: bool = False) -> None:
         b, p = tables.pages_BP.shape
         extra = max(0, (columns or 0) - p)
         pages = np.pad(tables.pages_BP, ((0, 0), (0, extra)), constant_values=-1)
@@ -250,7 +251,7 @@ class PagedAttend:
         self.empty = pages < 0
         self.pages = torch.from_numpy(np.where(self.empty, 0, pages)).to(pool.device)
         self.mask = self._token_mask(sees)
-        self.own = sees_BQK.shape[1]
+        self.reuse = reuse
         self.turn = None if move_BP is None else self._turn(np.pad(move_BP, ((0, 0), (0, extra))))
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -281,8 +282,9 @@ class PagedAttend:
             if self.turn is not None:
                 old_k = rotate(old_k, self.turn)
             k_BTNE, v_BTNE = torch.cat([old_k, k_BTNE], 1), torch.cat([old_v, v_BTNE], 1)
-        self.keys.append(k_BTNE)
-        self.values.append(v_BTNE)
+        if self.reuse:
+            self.keys.append(k_BTNE)
+            self.values.append(v_BTNE)
         return attention(q_BTNE, k_BTNE, v_BTNE, self.mask)
 
     def _write(self, layer: int, k_BTNE: Tensor, v_BTNE: Tensor) -> None:

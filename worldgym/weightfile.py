@@ -6,10 +6,11 @@ asked for. Torch files go through ``weights_only=True``; nothing here can run co
 
 from __future__ import annotations
 
+import io
 import json
-import pickle
+import pickletools
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -247,27 +248,61 @@ def _open_torch(path: Path, part: str | None, safe_globals: Sequence[Any]) -> We
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except Exception as error:  # torch raises many types here; each becomes one of ours
-        text = " ".join(str(error).split())
-        wants_code = isinstance(error, pickle.UnpicklingError) and any(
-            word in text for word in ("Unsupported global", "Unsupported class", "GLOBAL", "REDUCE")
-        )
-        if wants_code or "TorchScript" in text:
-            cause = text.partition("WeightsUnpickler error:")[2].strip() or text
+        text = " ".join(str(error).split()).partition("WeightsUnpickler error:")
+        foreign = _foreign_names(path)
+        if foreign or "Unsupported global" in text[2] or "TorchScript" in text[0]:
             raise UnsafeFileError(
                 "file wants to run code",
-                given=f"{path}: {cause[:160]}",
+                given=f"{path} calling {', '.join(foreign[:3]) or (text[2] or text[0])[:160]}",
                 expected="a torch file with nothing but tensors and plain containers",
                 fix="ask for safetensors, or convert it on a machine where you trust it",
             ) from error
+        cause = f"{type(error).__name__}: {(text[2] or text[0])[:120]}"
         raise CheckpointError(
             "not a complete torch file",
-            given=f"{path} with {path.stat().st_size} bytes ({type(error).__name__}: {text[:120]})",
+            given=f"{path} with {path.stat().st_size} bytes ({cause})",
             expected="a whole file written by torch.save",
             fix="copy or download it again; the copy may have been cut off",
         ) from error
     tensors, taken, parts = unwrap(loaded, part, path)
     entries = {n: Entry(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}
     return WeightFile(path, "torch", (path,), entries, {}, taken, parts)
+
+
+def _foreign_names(path: Path) -> list[str]:
+    """Functions and classes that a torch file names, without torch's own; nothing is imported.
+
+    Only for telling a hostile or foreign pickle from a damaged one: torch refuses both.
+    """
+    names: list[str] = []
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                inner = [n for n in archive.namelist() if n.endswith("data.pkl")]
+                streams: list[Any] = [io.BytesIO(archive.read(n)) for n in inner]
+        else:
+            streams = [path.open("rb")]
+        for stream in streams:
+            with stream:
+                for _ in range(5):  # old torch files are five pickles in a row
+                    for name in _names_in_pickle(stream):
+                        names.append(name)  # one by one: the pickle may break later
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError):
+        pass  # the pickle ends or breaks here; what was seen before counts
+    ours = ("torch.", "collections.OrderedDict")
+    return sorted({n for n in names if not n.startswith(ours) or n.startswith("torch.nn.")})
+
+
+def _names_in_pickle(stream: Any) -> Iterator[str]:
+    """Names of globals in one pickle, read opcode by opcode."""
+    words: list[str] = []
+    for code, value, _ in pickletools.genops(stream):
+        if code.name in ("GLOBAL", "INST"):
+            yield str(value).replace(" ", ".")
+        elif code.name == "STACK_GLOBAL":
+            yield ".".join(words[-2:])
+        elif isinstance(value, str):
+            words.append(value)
 
 
 def unwrap(

@@ -1,0 +1,280 @@
+"""The engine: a world is five parts (codec, dynamics, controls, memory, heads) and this one loop.
+
+Shapes: B slot, K past frame, F frame of a chunk, C channel, h w latent grid, A action features.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldgym.errors import ConfigError, DTypeError, NotFiniteError, ShapeError, StateError
+from worldgym.memory import PagePool, PageSpec, SinkWindow, Tables
+from worldgym.models.codec import Codec
+from worldgym.models.dynamics import Dynamics
+from worldgym.noise import PASSES, normal, uniform
+from worldgym.rollout import Block, CausalStepper, few_step
+from worldgym.schedule import FewStep
+from worldgym.spec import WorldSpec
+from worldgym.state import Starts, WorldState, check_slots
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What one step made, one row per stepped slot.
+
+    ``latents_BFChw``; ``reward_B`` float32, summed up to ``end_frame_B``; ``terminated_B`` bool;
+    ``end_probability_B``; ``end_frame_B``: index of the last frame that counts; ``uncertainty_B``:
+    fork spread, if it was asked for. ``frames()`` decodes on first use.
+    """
+
+    slots: np.ndarray
+    latents_BFChw: Tensor
+    reward_B: np.ndarray
+    terminated_B: np.ndarray
+    end_probability_B: np.ndarray
+    end_frame_B: np.ndarray
+    uncertainty_B: np.ndarray | None = None
+    subjects: object = None
+    decode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    _frames: Tensor | None = field(default=None, repr=False)
+
+    def frames(self) -> Tensor:
+        """Decoded frames uint8 (B, F, H, W, 3)."""
+        if self._frames is None:
+            b, f = self.latents_BFChw.shape[:2]
+            self._frames = self.decode(self.latents_BFChw.flatten(0, 1)).unflatten(0, (b, f))
+        return self._frames
+
+
+class World:
+    """A learned world for a batch of slots: ``begin`` makes a state, ``step`` makes the next one.
+
+    Args:
+        spec: sizes and rates.
+        codec: frames to latents and back.
+        dynamics: the network and its action embedding.
+        outcome: callable (past_BKChw, action_BA) -> (end chance, rewards (B, 2)), with a
+            ``frames`` attribute; None = no reward and no end (give the task functions instead).
+        policy: context memory.
+        schedule: denoising passes of a step.
+        context_noise: timestep told to the network for frames in memory (0 = clean).
+        max_pages: page budget of the pool.
+    """
+
+    def __init__(self, spec: WorldSpec, codec: Codec, dynamics: Dynamics, outcome: Callable | None,
+                 policy: SinkWindow, schedule: FewStep, *, context_noise: float = 0.0,
+                 fingerprint: str = "", device: torch.device | str = "cpu",
+                 max_pages: int | None = None) -> None:
+        if spec.latents_per_chunk != 1:
+            raise ConfigError("chunk is too long for this engine", given=spec.latents_per_chunk,
+                              expected="1 latent frame per step", fix="set latents_per_chunk=1")
+        self.spec, self.device = spec, torch.device(device)
+        self.codec, self.dynamics, self.outcome = codec, dynamics, outcome
+        self.schedule, self.context_t, self.fingerprint = schedule, 1000 * context_noise, fingerprint
+        cfg = dynamics.cfg.wan
+        _, h, w = spec.latent_chw
+        tokens = (h // cfg.patch_size[1]) * (w // cfg.patch_size[2])
+        self.pool = PagePool(
+            PageSpec(layers=cfg.num_layers, heads=cfg.num_heads, head_dim=cfg.head_dim,
+                     tokens=tokens), self.device, max_pages=max_pages)
+        self.stepper = CausalStepper(dynamics.dit, self.pool, policy)
+        self.history = max(outcome.frames if outcome else 1, spec.context_frames)
+
+    # -- frames ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, frames_BHWC: Tensor | np.ndarray) -> Tensor:
+        """Normalised latents (B, C, h, w) of uint8 frames (B, H, W, 3)."""
+        return self.codec.encode(torch.as_tensor(frames_BHWC))
+
+    @torch.no_grad()
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        """Frames uint8 (B, H, W, 3)."""
+        if tuple(latents_BChw.shape[1:]) != tuple(self.spec.latent_chw):
+            raise ShapeError("latents have the wrong shape", given=tuple(latents_BChw.shape),
+                             expected=("batch", *self.spec.latent_chw), fix="use World.encode")
+        return self.codec.decode(latents_BChw.to(self.device))
+
+    # -- begin -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, starts: Starts, seeds: Sequence[int],
+              episodes: Sequence[int] | None = None) -> WorldState:
+        """State of one slot per start; the current frame is the start's last frame.
+
+        All frames of the start but the last go into memory now; nothing is generated.
+        """
+        latents, features = self._check_starts(starts)
+        b, k = latents.shape[:2]
+        counters = {"seed_B": _integers(seeds, b, "seeds"),
+                    "episode_B": _integers([0] * b if episodes is None else episodes, b, "episodes"),
+                    "step_B": np.zeros(b, np.int64), "branch_B": np.zeros(b, np.int64),
+                    "index_B": starts.length_B.astype(np.int64) - 1,
+                    "lengths_B": np.minimum(starts.length_B, self.history).astype(np.int64)}
+        tables = Tables.empty(b)
+        if k > 1:
+            index = np.arange(k - 1)[None] - (k - starts.length_B)[:, None]
+            index = np.where(index >= 0, index, -1)
+            block = Block(index, self._given(features[:, :-1]))
+            tables = self.stepper.prefill(latents[:, :-1].transpose(1, 2), self.context_t, block)
+        # before the start there is nothing: the oldest real frame stands in for what heads read
+        reach = np.maximum(np.arange(k - self.history, k)[None], (k - starts.length_B)[:, None])
+        rows = torch.arange(b, device=self.device)[:, None]
+        history = latents[rows, torch.from_numpy(reach).to(self.device)]
+        state = WorldState(self.pool, self.fingerprint, tables, history, features[:, -1], counters)
+        self.pool.decref(tables.pages_BP)
+        return state
+
+    def restart(self, state: WorldState, slots: object, starts: Starts,
+                seeds: Sequence[int] | None = None,
+                episodes: Sequence[int] | None = None) -> WorldState:
+        """State in which these slots begin anew; every other slot keeps its bits.
+
+        Default: the slots' seeds stay and their episode numbers count up.
+        """
+        state.check(self.fingerprint)
+        index = check_slots(slots, state.num_slots)
+        fresh = self.begin(starts, state.seed_B[index] if seeds is None else seeds,
+                           state.episode_B[index] + 1 if episodes is None else episodes)
+        if fresh.num_slots != len(index):
+            raise ShapeError("number of starts", given=fresh.num_slots, expected=len(index),
+                             fix="give one start for every slot to reset")
+        return state.replace(index, fresh)
+
+    # -- step --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, state: WorldState, actions: object, slots: object = None,
+             per_frame: bool = False) -> tuple[WorldState, Chunk]:
+        """Generate one chunk for all slots, or for ``slots`` only.
+
+        Args:
+            actions: (n, *action shape), or (n, frames, *action shape) with ``per_frame``.
+
+        Returns:
+            The next state and the chunk; the given state stays as it was and usable.
+        """
+        state.check(self.fingerprint)
+        index = check_slots(slots, state.num_slots)
+        raw = np.asarray(actions)
+        if per_frame:
+            if raw.ndim < 2 or raw.shape[1] != self.spec.frames_per_chunk:
+                raise ShapeError("per-frame actions", given=raw.shape,
+                                 expected=(len(index), self.spec.frames_per_chunk, "..."),
+                                 fix="give one action per generated frame")
+            raw = raw[:, 0]
+        checked = self.spec.action.check(raw, len(index))
+        part = state if slots is None else state.select(index)
+        new, chunk = self._advance(part, self._features(checked))
+        chunk.slots = index
+        return (new if slots is None else state.replace(index, new)), chunk
+
+    def _advance(self, state: WorldState, action_BA: Tensor) -> tuple[WorldState, Chunk]:
+        keys = state.keys_B4
+        end_B, rewards_B2 = self._outcome(state, action_BA)
+        latents, tables = self._generate(state, action_BA, keys)
+        draw = uniform(keys, PASSES["end"], 1).numpy()[:, 0]
+        chance = end_B.double().cpu().numpy()
+        terminated = draw < chance
+        rewards = rewards_B2.cpu().numpy()
+        reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)
+        history = torch.cat([state.history_BKChw[:, 1:], latents[:, None]], 1)
+        counters = {
+            "index_B": state.index_B + 1, "step_B": state.step_B + 1,
+            "lengths_B": np.minimum(state.lengths_B + 1, self.history),
+            "seed_B": state.seed_B, "episode_B": state.episode_B, "branch_B": state.branch_B}
+        new = WorldState(self.pool, self.fingerprint, tables, history, action_BA, counters)
+        self.pool.decref(_unowned(tables, state.tables))
+        chunk = Chunk(np.arange(len(keys)), latents[:, None], reward, terminated, chance,
+                      np.zeros(len(keys), np.int64), decode=self.decode)
+        return new, chunk
+
+    def _generate(self, state: WorldState, action_BA: Tensor,
+                  keys: np.ndarray) -> tuple[Tensor, Tables]:
+        """Latents (B, C, h, w) of the next frame, and the tables with the current one committed."""
+        shape = self.spec.latent_chw
+
+        def noise(number: int) -> Tensor:
+            return normal(keys, number, shape, self.device)[:, :, None]
+
+        pending, cond = self._condition(state.pending_BA[:, None]), self._condition(
+            action_BA[:, None])
+        last = Block(state.index_B[:, None])
+        new = Block(state.index_B[:, None] + 1, {"cond_BFD": cond})
+        x = noise(0)
+        tables, flow, attend = self.stepper.commit_and_flow(
+            state.tables, state.latents_BCHW[:, :, None], self.context_t, last,
+            x, self.schedule.timesteps[0], new, {"cond_BFD": torch.cat([pending, cond], 1)})
+        x0 = few_step(self.stepper, x, self.schedule, noise, attend, new, flow)
+        return x0[:, :, 0], tables
+
+    def _outcome(self, state: WorldState, action_BA: Tensor) -> tuple[Tensor, Tensor]:
+        if self.outcome is None:
+            zero = torch.zeros(len(action_BA), device=self.device)
+            return zero, zero[:, None].expand(-1, 2)
+        return self.outcome(state.history_BKChw, action_BA)
+
+    # -- actions and checks ------------------------------------------------------------------
+
+    def _features(self, actions: np.ndarray, null: np.ndarray | None = None) -> Tensor:
+        return torch.from_numpy(self.spec.action.encode(actions, null)).to(self.device)
+
+    def _condition(self, features_BFA: Tensor) -> Tensor:
+        """Action embedding with at least four rows in the product (bits independent of B)."""
+        b, f = features_BFA.shape[:2]
+        rows = features_BFA.flatten(0, 1)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, 4 - len(rows))))
+        return self.dynamics.condition(rows)[:b * f].unflatten(0, (b, f))
+
+    def _given(self, features_BFA: Tensor) -> dict:
+        return {"cond_BFD": self._condition(features_BFA)}
+
+    def _check_starts(self, starts: Starts) -> tuple[Tensor, Tensor]:
+        latents = starts.latents_BKChw
+        if latents.ndim != 5 or tuple(latents.shape[2:]) != tuple(self.spec.latent_chw) or not len(
+                latents):
+            raise ShapeError("start latents have the wrong shape", given=tuple(latents.shape),
+                             expected=("slots >= 1", "frames", *self.spec.latent_chw),
+                             fix="encode start frames with World.encode")
+        b, k = latents.shape[:2]
+        if not latents.is_floating_point():
+            raise DTypeError("start latents have the wrong dtype", given=latents.dtype,
+                             expected="float32", fix="encode start frames with World.encode")
+        if not bool(torch.isfinite(latents).all()):
+            raise NotFiniteError("start latents are not finite", given="NaN or infinity",
+                                 expected="finite latents", fix="check the start bank")
+        lengths = np.asarray(starts.length_B)
+        if lengths.shape != (b,) or lengths.min() < 1 or lengths.max() > k:
+            raise ShapeError("start lengths", given=lengths.tolist(),
+                             expected=f"{b} integers in [1, {k}]", fix="every start has a frame")
+        if k > self.spec.context_frames + 1:
+            raise ShapeError("start is too long", given=f"{k} frames",
+                             expected=f"at most {self.spec.context_frames + 1}",
+                             fix="keep the newest frames only")
+        flat = np.asarray(starts.actions).reshape(b * k, *self.spec.action.shape)
+        null = np.asarray(starts.null_BK).reshape(-1)
+        absent = (np.arange(k)[None] < (k - lengths)[:, None]).reshape(-1)
+        safe = flat.copy()
+        safe[null | absent] = self.spec.action.start if self.spec.action.kind != "box" else 0
+        usable = ~(null | absent)
+        if usable.any():
+            self.spec.action.check(flat[usable])
+        features = self._features(safe, null | absent).unflatten(0, (b, k))
+        return latents.to(self.device, torch.float32), features
+
+
+def _unowned(new: Tables, old: Tables) -> np.ndarray:
+    """Pages of ``new`` that ``old`` does not hold: freshly written, still on their first reference."""
+    pages = new.pages_BP[new.pages_BP >= 0]
+    return pages[~np.isin(pages, old.pages_BP)]
+
+
+def _integers(values: Sequence[int], count: int, name: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.shape != (count,) or array.dtype.kind not in "iu":
+        raise StateError(f"{name} do not fit", given=values, expected=f"{count} integers",
+                         fix=f"give one integer for every slot in {name}")
+    return array.astype(np.int64)

@@ -1,0 +1,192 @@
+"""``nano``: a small world of our own, trained on two CPU cores, and its files.
+
+A world folder holds ``world.safetensors`` (codec, dynamics and outcome heads), ``world.json``
+(configuration, provenance, metrics) and, for a task, ``starts.safetensors``.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from worldgym import checkpoint
+from worldgym.actions import ActionSpec
+from worldgym.engine import World
+from worldgym.errors import CheckpointError, ConfigError
+from worldgym.heads import LearnedOutcome
+from worldgym.memory import SinkWindow
+from worldgym.models.codec import Codec, CodecConfig
+from worldgym.models.dynamics import Dynamics, DynamicsConfig
+from worldgym.models.outcome import Outcome, OutcomeConfig
+from worldgym.models.wan import WanConfig
+from worldgym.schedule import FewStep
+from worldgym.spec import WorldSpec
+
+WEIGHTS, CARD = "world.safetensors", "world.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NanoConfig:
+    """Everything that fixes a nano world but its weights.
+
+    ``steps``: denoising timesteps of one step (1000 = pure noise); ``context_noise``: noise level
+    told to the network for frames in memory; ``end_scale``: factor on the end chance.
+    """
+
+    name: str
+    action: ActionSpec
+    fps: float = 8.75
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    wan: WanConfig = field(
+        default_factory=lambda: WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6,
+                                          freq_dim=64, text_len=0))
+    window: int = 9
+    sink: int = 0
+    steps: tuple[float, ...] = (1000.0, 500.0)
+    context_noise: float = 0.0
+    end_scale: float = 1.0
+    outcome_frames: int = 4
+    outcome_width: int = 48
+    outcome_members: int = 2
+
+    def to_json(self) -> dict:
+        """Plain dict that ``from_json`` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict) -> "NanoConfig":
+        """Inverse of ``to_json``."""
+        try:
+            data = dict(data)
+            data["action"] = ActionSpec.from_json(data["action"])
+            codec = dict(data["codec"])
+            codec["frame_hw"] = tuple(codec["frame_hw"])
+            data["codec"] = CodecConfig(**codec)
+            data["wan"] = WanConfig.from_dict(data["wan"])
+            data["steps"] = tuple(data["steps"])
+            return cls(**data)
+        except (KeyError, TypeError) as error:
+            raise ConfigError("nano configuration cannot be read", given=str(error),
+                              expected="the dict that NanoConfig.to_json writes",
+                              fix="take world.json from the folder of the weights") from error
+
+    @property
+    def spec(self) -> WorldSpec:
+        """The world's public sizes."""
+        return WorldSpec(name=self.name, frame_hw=self.codec.frame_hw,
+                         latent_chw=self.codec.latent_chw, action=self.action, fps=self.fps,
+                         context_frames=self.window - 1)
+
+
+TINY_WAN = WanConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16, in_dim=4,
+                     out_dim=4, text_len=0)
+
+
+class Nano(nn.Module):
+    """The three trainable parts of a nano world."""
+
+    def __init__(self, cfg: NanoConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        channels = cfg.codec.channels
+        if cfg.wan.in_dim != channels or cfg.wan.out_dim != channels:
+            raise ConfigError("codec and dynamics do not fit",
+                              given=f"{channels} latent channels, in_dim {cfg.wan.in_dim}",
+                              expected="in_dim = out_dim = codec channels", fix="change wan.in_dim")
+        self.codec = Codec(cfg.codec)
+        self.dynamics = Dynamics(DynamicsConfig(
+            action_features=cfg.action.features, window=cfg.window, wan=cfg.wan))
+        self.outcome = Outcome(OutcomeConfig(
+            latent_chw=cfg.codec.latent_chw, action_features=cfg.action.features,
+            frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members))
+
+    def world(self, device: torch.device | str = "cpu", max_pages: int | None = None) -> World:
+        """A world that steps with these weights."""
+        self.eval().requires_grad_(False).to(device)
+        cfg = self.cfg
+        schedule = FewStep(tuple(cfg.steps), tuple(t / 1000 for t in cfg.steps))
+        return World(
+            cfg.spec, self.codec, self.dynamics, LearnedOutcome(self.outcome, cfg.end_scale),
+            SinkWindow(cfg.window, cfg.sink), schedule, context_noise=cfg.context_noise,
+            fingerprint=value_fingerprint(self), device=device, max_pages=max_pages,
+        )
+
+
+def value_fingerprint(nano: Nano) -> str:
+    """Hash of configuration and weight values: which world a saved state belongs to."""
+    digest = hashlib.sha256(json.dumps(nano.cfg.to_json(), sort_keys=True).encode())
+    for name, tensor in sorted(nano.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fresh(cfg: NanoConfig, seed: int = 0) -> Nano:
+    """Untrained weights that depend on ``seed`` alone."""
+    nano = Nano(cfg)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in nano.named_parameters():
+        if p.ndim > 1:
+            nn.init.xavier_uniform_(p.flatten(1) if p.ndim == 5 else p, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+    nano.dynamics.initialize(generator)
+    return nano
+
+
+def tiny(seed: int = 0, action: ActionSpec | None = None, lively: bool = True,
+         **changes: object) -> World:
+    """A random-weight world of 32x32 frames for tests and docs.
+
+    ``lively``: random output weights, so that actions and noise change what happens.
+    """
+    cfg = NanoConfig(
+        name="tiny", action=action or ActionSpec.discrete(3),
+        codec=CodecConfig(frame_hw=(32, 32), channels=4, width=8, deep_width=16),
+        wan=TINY_WAN, window=5, outcome_frames=2, outcome_width=8)
+    nano = fresh(replace(cfg, **changes), seed)
+    if lively:
+        generator = torch.Generator().manual_seed(seed + 1)
+        nn.init.normal_(nano.dynamics.dit.head.head.weight, std=0.2, generator=generator)
+        for member in nano.outcome.members:
+            member.last.bias.data[:] = torch.tensor([-3.0, 1.0, 0.0])
+    return nano.world()
+
+
+def save(nano: Nano, folder: str | Path, card: dict) -> None:
+    """Write weights and card; ``card`` holds provenance and metrics as plain JSON values."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(folder / WEIGHTS, nano, {"kind": "worldgym.nano"})
+    part = folder / (CARD + ".part")
+    part.write_text(json.dumps({"kind": "worldgym.nano", "config": nano.cfg.to_json()} | card,
+                               indent=1) + "\n")
+    os.replace(part, folder / CARD)
+
+
+def load_nano(folder: str | Path, **changes: object) -> Nano:
+    """Weights and configuration of a world folder; ``changes`` override configuration fields."""
+    folder = Path(folder)
+    try:
+        card = json.loads((folder / CARD).read_text())
+        config = card["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError("no world in this folder", given=f"{folder} ({error})",
+                              expected=f"{CARD} with a config, and {WEIGHTS}",
+                              fix="fit a world first: worldgym fit --data ... --out ...") from error
+    nano = Nano(replace(NanoConfig.from_json(config), **changes))
+    return checkpoint.load_into(nano, folder / WEIGHTS)
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu", **changes: object) -> World:
+    """A world from a folder, ready to step."""
+    return load_nano(folder, **changes).world(device)
+
+
+def parts(nano: Nano) -> dict[str, dict[str, Tensor]]:
+    """State dicts of the three trainable parts, by name."""
+    return {name: getattr(nano, name).state_dict() for name in ("codec", "dynamics", "outcome")}

@@ -1,0 +1,155 @@
+"""Stepping a causal DiT through paged memory: denoise a block, commit it, or both in one pass.
+
+Shapes: B slot, C channel, n frames of a block, H W latent height and width, P page column.
+The same few functions run the published rollouts (a separate cache pass after every block) and the
+environments (the cache pass of the last block rides along with the first denoising pass of the
+next: same numbers, one network call less).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldgym.memory import PagedAttend, PagePool, Policy, Tables
+from worldgym.models.wan import WanDiT
+from worldgym.schedule import FewStep, x0_from_flow
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of frames on its way through the network.
+
+    ``index_Bn``: absolute frame indices; ``given``: further arguments of the network for these
+    frames (``cond_BFD``) or for the whole call (``text_kv``).
+    """
+
+    index_Bn: np.ndarray
+    given: dict = field(default_factory=dict)
+
+    @property
+    def frames(self) -> int:
+        """n."""
+        return self.index_Bn.shape[1]
+
+
+class CausalStepper:
+    """Denoise and commit blocks with the memory ``policy`` in ``pool``."""
+
+    def __init__(self, dit: WanDiT, pool: PagePool, policy: Policy) -> None:
+        self.dit, self.pool, self.policy = dit, pool, policy
+
+    def context(self, tables: Tables, frames: int) -> Tables:
+        """The pages that a new block of ``frames`` frames sees."""
+        return tables.keep(self.policy.select(tables.frames_BP, frames))
+
+    def _columns(self, frames: int) -> int | None:
+        """Page columns to pad to, so that shapes do not depend on how full the tables are."""
+        bound = self.policy.bound()
+        return None if bound is None else max(0, bound - frames)
+
+    def _call(self, x_BCnHW: Tensor, t_Bn: Tensor, attend: Callable, index_Bn: np.ndarray,
+              given: dict) -> Tensor:
+        index = torch.from_numpy(np.maximum(index_Bn, 0)).to(x_BCnHW.device)
+        return self.dit(x_BCnHW, t_Bn, attend=attend, frame_index_BF=index, **given)
+
+    def reader(self, kept: Tables, block: Block) -> PagedAttend:
+        """An ``attend`` with which a block sees its context and itself."""
+        return self._attend(kept, block, None)
+
+    def _attend(self, kept: Tables, block: Block, write: np.ndarray | None) -> PagedAttend:
+        b, p = kept.pages_BP.shape
+        sees = np.ones((b, block.frames, p + block.frames), bool)
+        return PagedAttend(self.pool, kept, sees, self._columns(block.frames), write)
+
+    def flow(self, x_BCnHW: Tensor, t: float, attend: Callable, block: Block) -> Tensor:
+        """Flow of a noisy block at timestep ``t``."""
+        t_Bn = torch.full((len(x_BCnHW), block.frames), t, device=x_BCnHW.device)
+        return self._call(x_BCnHW, t_Bn, attend, block.index_Bn, block.given)
+
+    def commit(self, kept: Tables, x_BCnHW: Tensor, t: float, block: Block) -> tuple[Tables, Tensor]:
+        """The cache pass: write the keys and values of clean frames; returns (tables, flow).
+
+        The new pages hold one reference, the caller's.
+        """
+        ids = self.pool.alloc(block.index_Bn.size).reshape(block.index_Bn.shape)
+        flow = self.flow(x_BCnHW, t, self._attend(kept, block, ids), block)
+        self.pool.seal(ids.ravel())
+        return kept.append(ids, block.index_Bn), flow
+
+    def prefill(self, x_BCKHW: Tensor, t: float, block: Block) -> Tables:
+        """Cache pass over a whole start clip at once; entries of ``index_Bn`` below 0 are absent.
+
+        Each frame sees the present frames before it that the policy would have kept.
+        """
+        index, (b, k) = block.index_Bn, block.index_Bn.shape
+        present = index >= 0
+        sees = np.zeros((b, k, k), bool)
+        seen_BP = np.full((b, 0), -1, np.int64)
+        for frame in range(k):
+            kept = self.policy.select(seen_BP, 1) if frame else np.zeros((b, 0), bool)
+            sees[:, frame, :frame] = kept
+            sees[:, frame, frame] = True
+            seen_BP = np.concatenate([np.where(kept, seen_BP, -1), index[:, frame:frame + 1]], 1)
+        ids = np.full((b, k), -1, np.int64)
+        ids[present] = self.pool.alloc(int(present.sum()))
+        attend = PagedAttend(self.pool, Tables.empty(b), sees, 0, ids)
+        self.flow(x_BCKHW, t, attend, block)
+        self.pool.seal(ids[present])
+        every = Tables(ids, np.where(present, index, -1))
+        kept = every.keep(seen_BP >= 0)
+        self.pool.decref(ids[seen_BP < 0])
+        return kept
+
+    def commit_and_flow(self, tables: Tables, last_BCnHW: Tensor, last_t: float, last: Block,
+                        x_BCnHW: Tensor, t: float, new: Block,
+                        given: dict) -> tuple[Tables, Tensor, Callable]:
+        """Commit the last block and take the first denoising pass of the new one in one call.
+
+        Returns (tables with the last block, trimmed to what the new block sees; flow of the new
+        block; ``attend`` for its further passes). ``given``: network arguments of the joint call.
+        """
+        n, b = new.frames, len(x_BCnHW)
+        kept = self.context(tables, last.frames)
+        p = kept.pages_BP.shape[1]
+        ids = self.pool.alloc(last.index_Bn.size).reshape(last.index_Bn.shape)
+        joint = Tables(np.concatenate([kept.pages_BP, ids], 1),
+                       np.concatenate([kept.frames_BP, last.index_Bn], 1))
+        seen = self.policy.select(joint.frames_BP, n)
+        sees = np.zeros((b, last.frames + n, p + last.frames + n), bool)
+        sees[:, :last.frames, :p + last.frames] = True
+        sees[:, last.frames:, :p + last.frames] = seen[:, None]
+        sees[:, last.frames:, p + last.frames:] = True
+        attend = PagedAttend(self.pool, kept, sees, self._columns(last.frames), ids, reuse=True)
+        x = torch.cat([last_BCnHW, x_BCnHW], 2)
+        t_BF = torch.full((b, last.frames + n), t, device=x.device)
+        t_BF[:, :last.frames] = last_t
+        index = np.concatenate([last.index_Bn, new.index_Bn], 1)
+        flow = self._call(x, t_BF, attend, index, given)[:, :, last.frames:]
+        self.pool.seal(ids.ravel())
+        self.pool.decref(ids[~seen[:, p:]])
+        return joint.keep(seen), flow, attend.again(n)
+
+
+def few_step(stepper: CausalStepper, x_BCnHW: Tensor, schedule: FewStep,
+             renoise: Callable[[int], Tensor], attend: Callable, block: Block,
+             first_flow: Tensor | None = None) -> Tensor:
+    """Few-step sampling of one block: predict x0, noise it to the next level, repeat.
+
+    Args:
+        x_BCnHW: starting noise.
+        renoise: pass number (from 1) to Gaussian noise like x.
+        attend: the first pass's ``attend``, or that of the later ones if ``first_flow`` is given.
+        first_flow: the flow of the first pass, if it was computed already.
+    """
+    for i, (t, sigma) in enumerate(zip(schedule.timesteps, schedule.sigmas, strict=True)):
+        if i:
+            x_BCnHW = schedule.next_input(x0, renoise(i), i - 1)
+        if i == 0 and first_flow is not None:
+            flow = first_flow
+        else:
+            flow = stepper.flow(x_BCnHW, t, attend, block)
+        x0 = x0_from_flow(x_BCnHW, flow, sigma)
+    return x0
