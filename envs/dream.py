@@ -26,7 +26,7 @@ class DreamEnv(Face, gymnasium.Env):
 
     Args:
         task: what is dreamt.
-        render_mode: None, "rgb_array", "rgb_array_list" (all frames since the last call) or "human".
+        render_mode: None, "rgb_array", "rgb_array_list" (all frames since the last call), "human".
         view: keywords of ``ViewConfig``: observation, frame_stack, actions, info_frames.
     """
 

@@ -83,8 +83,8 @@ class Screen:
         if self.mode == "human":
             self._show()
             return None
-        raise ConfigError("nothing to render", given="render_mode=None",
-                          expected=f"one of {MODES}", fix='make the env with render_mode="rgb_array"')
+        raise ConfigError("nothing to render", given="render_mode=None", expected=f"one of {MODES}",
+                          fix='make the env with render_mode="rgb_array"')
 
     def _show(self) -> None:
         try:

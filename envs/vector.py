@@ -99,7 +99,8 @@ class DreamVectorEnv(Face, VectorEnv):
         frames = chosen["frames"]
         if len(frames) != self.num_envs:
             raise ShapeError("wrong number of start frames", given=len(frames),
-                             expected=self.num_envs, fix='give one image for every slot in "frames"')
+                             expected=self.num_envs,
+                             fix='give one image for every slot in "frames"')
         return list(frames)
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
