@@ -169,7 +169,7 @@ class Episodes:
         for shard, (lo, hi) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
             if hi > lo:
                 out[order[lo:hi]] = self._shards[shard][field][ordered[lo:hi] - self._first[shard]]
-        return out.reshape(*wanted.shape, *shape)
+        return out.reshape((*wanted.shape, *shape))
 
     def split(self, holdout: float = 0.05, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Episode numbers (train, held out), ascending.
