@@ -13,8 +13,9 @@ The first frame of every episode is the same whatever the seed; monsters appear 
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import gymnasium as gym
@@ -65,7 +66,8 @@ def real_env(name: str, frame_hw: tuple[int, int] = (48, 80), *, full_frame: boo
     recipe = {"id": env_id, "frame_hw": list(frame_hw), "key": key, "source": source,
               "kwargs": dict(kwargs)}
     if env_id == TAKE_COVER:
-        base = {"frame_skip": FRAME_SKIP, "screen_resolution": "RES_160X120"}
+        base = {"frame_skip": FRAME_SKIP, "screen_resolution": "RES_160X120",
+                "doom_config_path": f"{_scratch().name}/vizdoom.ini"}
         skip = kwargs.get("frame_skip", FRAME_SKIP)
         base["max_episode_steps"] = TIMEOUT_TICS // skip
         env = _make(env_id, **(base | kwargs))
@@ -294,6 +296,12 @@ def resize(image: np.ndarray, frame_hw: tuple[int, int]) -> np.ndarray:
     grows = height > image.shape[0] or width > image.shape[1]
     how = cv2.INTER_LINEAR if grows else cv2.INTER_AREA
     return cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=how)
+
+
+@lru_cache(maxsize=1)
+def _scratch() -> tempfile.TemporaryDirectory:
+    """A folder of this process, for the ini file that ViZDoom would leave in the current one."""
+    return tempfile.TemporaryDirectory(prefix="worldgym-")
 
 
 def _load_cv2() -> Any:

@@ -116,10 +116,10 @@ class Nano(nn.Module):
         )
 
 
-def value_fingerprint(nano: Nano) -> str:
-    """Hash of configuration and weight values: which world a saved state belongs to."""
+def value_fingerprint(nano: Nano, part: str = "") -> str:
+    """Hash of configuration and weight values (of one part): which world a state belongs to."""
     digest = hashlib.sha256(json.dumps(nano.cfg.to_json(), sort_keys=True).encode())
-    for name, tensor in sorted(nano.state_dict().items()):
+    for name, tensor in sorted((n, t) for n, t in nano.state_dict().items() if n.startswith(part)):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -47,6 +47,11 @@ class Group:
             return fully_shard(module, mesh=mesh)
         return nn.parallel.DistributedDataParallel(module)
 
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.size > 1:
+            dist.barrier()
+
     def rows(self, n: int) -> slice:
         """This process's share of a global batch of ``n`` rows."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)

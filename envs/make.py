@@ -1,0 +1,78 @@
+"""One call from a name to an environment; also the entry points of the registered ids."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from worldgym.envs.dream import DreamEnv
+from worldgym.envs.opening import ViewConfig
+from worldgym.envs.tasks import Task, check_names, load_task
+from worldgym.envs.vector import DreamVectorEnv
+
+from worldgym.errors import ConfigError
+
+TASK_SETTINGS = ("horizon", "distrust", "penalty", "forks", "reward", "end", "spread", "starts")
+VIEW_SETTINGS = tuple(f.name for f in fields(ViewConfig))
+
+World = str | Path | Task
+
+
+def _split(world: World, settings: dict[str, Any], own: tuple[str, ...]) -> tuple[Task, dict]:
+    """The task with its settings applied, and the face's settings."""
+    check_names(settings, [*own, *VIEW_SETTINGS, *TASK_SETTINGS, "device", "max_episode_steps"],
+                "env setting")
+    rest = dict(settings)
+    device, steps = rest.pop("device", "cpu"), rest.pop("max_episode_steps", None)
+    changes = {name: rest.pop(name) for name in TASK_SETTINGS if name in rest}
+    view = {name: rest[name] for name in VIEW_SETTINGS if name in rest}
+    ViewConfig(**view)  # refuse a bad setting before a world is loaded
+    if isinstance(world, Task):
+        if "device" in settings:
+            raise ConfigError("device of a task that is already loaded", given=repr(device),
+                              expected="a name or folder", fix="load the task on that device")
+        task = replace(world, **changes)
+    else:
+        task = load_task(world, device=device, **changes)
+    if steps is not None:
+        replace(task, horizon=steps)  # refuses nonsense
+        task = replace(task, horizon=steps if task.horizon is None else min(steps, task.horizon))
+    return task, rest
+
+
+def make_dream(world: World, **settings: Any) -> DreamEnv:
+    """A ``DreamEnv`` of a registered id, a world's folder or a ``Task``.
+
+    Args:
+        world: "worldgym/TakeCover-v0", a folder that ``worldgym fit`` wrote, or a task.
+        settings: render_mode; observation, frame_stack, actions, info_frames; horizon, distrust,
+            penalty, forks, reward, end, spread, starts; max_episode_steps; device.
+
+    Raises:
+        ConfigError: an unknown or impossible setting. CheckpointError: files are missing or broken.
+    """
+    task, rest = _split(world, settings, ("render_mode",))
+    return DreamEnv(task, **rest)
+
+
+def make_dream_vector(world: World, num_envs: int = 1, **settings: Any) -> DreamVectorEnv:
+    """A ``DreamVectorEnv``; settings as in ``make_dream``, and ``autoreset_mode``."""
+    task, rest = _split(world, settings, ("render_mode", "autoreset_mode"))
+    return DreamVectorEnv(task, num_envs, **rest)
+
+
+def make_dream_vec(world: World, num_envs: int = 1, **settings: Any) -> Any:
+    """A ``DreamVecEnv`` for Stable-Baselines3; settings as in ``make_dream``."""
+    from worldgym.envs.sb3 import DreamVecEnv
+
+    task, rest = _split(world, settings, ("render_mode",))
+    return DreamVecEnv(task, num_envs, **rest)
+
+
+def take_cover(**settings: Any) -> DreamEnv:
+    """Entry point of ``gymnasium.make("worldgym/TakeCover-v0")``."""
+    return make_dream("worldgym/TakeCover-v0", **settings)
+
+
+def take_cover_vector(num_envs: int = 1, **settings: Any) -> DreamVectorEnv:
+    """Entry point of ``gymnasium.make_vec("worldgym/TakeCover-v0")``."""
+    return make_dream_vector("worldgym/TakeCover-v0", num_envs, **settings)
