@@ -239,7 +239,7 @@ def caching(task: Any, slots: int, seconds: float) -> list[Row]:
 
 def begin(task: Any, slots: int) -> Any:
     """A state of ``slots`` slots at the task's starts."""
-    index = np.array([task.starts.sample(seed, 0) for seed in range(slots)])
+    index = task.starts.sample(list(range(slots)), [0] * slots)
     return task.world.begin(task.starts.gather(index), list(range(slots)))
 
 

@@ -18,9 +18,9 @@ def game_maker(task: Any) -> Callable[[], Any]:
     if task.twin is None:
         raise ConfigError("this world has no real game to score in", given=f"{task.name}, twin None",
                           expected="a task with a twin", fix="load_task(folder, twin='MyGame-v0')")
-    from worldgym.envs.twins import make_twin
+    from worldgym.envs.twins import real_env_factory
 
-    return lambda: make_twin(task.twin, frame_hw=task.world.spec.frame_hw)
+    return real_env_factory(task.twin, task.world.spec.frame_hw)
 
 
 def plain_game(task: Any) -> Callable[[], Any]:
