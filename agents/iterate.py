@@ -91,6 +91,7 @@ def _note(out: Path, done: list[Round]) -> None:
 def from_command(command: Any, fit_settings: dict[str, Any]) -> list[Round]:
     """``worldgym iterate``: the functions that ``iterate`` needs, made from the command line."""
     from worldgym.agents.games import record
+    from worldgym.data.store import Episodes
     from worldgym.envs.tasks import TASKS, load_task
     from worldgym.train.fit import FitConfig, fit
 
@@ -101,11 +102,10 @@ def from_command(command: Any, fit_settings: dict[str, Any]) -> list[Round]:
     def collect(data: Path, agent: Path | None, world: str | Path, number: int) -> int:
         players = ("sticky:0.2", "sticky:0.5") if agent is None else (str(agent),) * 3 + (
             "sticky:0.2",)
-        have = _steps(data)
-        record(first.twin or env, data, command.real_steps, players,
-               seed=command.seed + 10_000 * number, frame_hw=first.world.spec.frame_hw,
-               world=str(world))
-        print(f"round {number}: {_steps(data) - have} real steps recorded")
+        have = Episodes.open(data)
+        print(record(first.twin or env, data, have.steps + command.real_steps, players,
+                     seed=have.env.get("record_seed", 0), frame_hw=first.world.spec.frame_hw,
+                     world=str(world)))
         return _steps(data)
 
     def refit(data: Path, new: Path, old: str | Path) -> Path:

@@ -18,7 +18,7 @@ from worldgym.agents.results import Row
 from worldgym.agents.stats import METHOD, Summary, difference, summary
 from worldgym.errors import ConfigError, DTypeError
 
-REAL_SEEDS = 1_000_000  # first seed of scoring episodes; recordings use smaller ones
+REAL_SEEDS = 1_000_000  # first seed of scoring episodes; recordings use those from 2,000,000 on
 
 
 @dataclass(frozen=True, slots=True)
