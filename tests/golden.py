@@ -41,11 +41,15 @@ class FixtureError(Exception):
 
 
 class Check(NamedTuple):
-    """One comparison: what is compared, what we computed, what the fixture holds."""
+    """One comparison: what is compared, what we computed, what the fixture holds.
+
+    ``tolerance``: (atol, rtol) where it is not that of the fixture.
+    """
 
     name: str
     got: Tensor
     want: Tensor
+    tolerance: tuple[float, float] | None = None
 
 
 @dataclass
@@ -88,11 +92,16 @@ class Fixture:
         return weights
 
     def tolerance(self) -> tuple[float, float]:
-        """(atol, rtol); 1e-4 and 0 if the JSON names none."""
+        """(atol, rtol): the field ``tolerance``, a number or a dict, or atol and rtol beside it.
+
+        1e-4 and 0 if the JSON names none.
+        """
         given = self.meta.get("tolerance", self.meta)
         if not isinstance(given, dict):
             given = {"atol": given}
         atol, rtol = given.get("atol"), given.get("rtol")
+        if not all(value is None or isinstance(value, int | float) for value in (atol, rtol)):
+            raise FixtureError(f"{self.stem}.json: tolerance is not a number: {given}")
         if atol is None:
             atol = 0.0 if rtol is not None else DEFAULT_ATOL
         return float(atol), float(rtol or 0.0)
@@ -166,13 +175,12 @@ def run_case(base: Path, table: dict[str, Run]) -> Result:
         meta = _meta(base.with_name(base.name + ".json"))
         system = meta["kind"].partition(".")[0]
         fixture = Fixture(base.parent, base.name, meta)
-        tolerance = fixture.tolerance()[0]
         run = table.get(meta["kind"])
         if run is None:
             raise FixtureError(f"unknown kind {meta['kind']!r}")
         fixture.tensors = _tensors(base.with_name(base.name + ".safetensors"))
         with torch.no_grad():
-            error, tolerance, reason = judge(run(fixture), *fixture.tolerance())
+            error, tolerance, reason = judge(run(fixture), fixture.tolerance)
         return Result(system, case, error, tolerance, reason)
     except FixtureError as error:
         return Result(system, case, float("nan"), tolerance, str(error))
@@ -181,10 +189,13 @@ def run_case(base: Path, table: dict[str, Run]) -> Result:
         return Result(system, case, float("nan"), tolerance, f"{type(error).__name__}: {text}")
 
 
-def judge(checks: Iterable[Check], atol: float, rtol: float) -> tuple[float, float, str]:
+def judge(
+    checks: Iterable[Check], usual: Callable[[], tuple[float, float]]
+) -> tuple[float, float, str]:
     """(largest error, tolerance at that place, first reason to fail or "") over all checks."""
-    largest, there, reasons = -1.0, atol, []
-    for name, got, want in checks:
+    largest, there, reasons = -1.0, DEFAULT_ATOL, []
+    for name, got, want, own in checks:
+        atol, rtol = own or usual()
         got, want = got.detach().double().cpu(), want.double()
         if reason := _unfit(got, want):
             reasons.append(f"{name}: {reason}")

@@ -163,7 +163,9 @@ class Rollout(CausalStepper):
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (after rotation) and values [B,T,N,E] of all frames still held."""
-        return self.pool.gather(layer, torch.from_numpy(self.tables.pages_BP))
+        pages = torch.from_numpy(self.tables.pages_BP)
+        k, v = self.pool.k[layer][pages], self.pool.v[layer][pages]  # (B, pages, tokens, N, E)
+        return k.flatten(1, 2), v.flatten(1, 2)
 
 
 def few_step_of(fixture: Fixture) -> FewStep:
