@@ -20,7 +20,7 @@ from worldgym.envs.conformance import (
     demand,
     difference,
     frozen,
-    guarding,
+    looks_safe,
     other_generators,
     refuses,
     rollout,
@@ -71,6 +71,7 @@ class Suite:
         self.factory = None if isinstance(source, gymnasium.Env) else source
         self.env = source if self.factory is None else source()
         self.steps, self.spawn = steps, other_process
+        self._seen: list[Any] | None = None
         self.actions = sample_actions(self.env.action_space, steps)
 
     def run(self) -> Report:
@@ -115,11 +116,9 @@ class Suite:
         """Declared spaces and exact Python types."""
         env = self.env
         result = env.reset(seed=0)
-        demand("types", isinstance(result, tuple) and len(result) == 2,
-               "reset must return (observation, info)", type(result).__name__)
-        demand("types", isinstance(result[1], dict), "info is not a dict", type(result[1]))
-        for result in [result, *self.transitions()]:
-            obs = result[0]
+        demand("types", isinstance(result, tuple) and len(result) == 2 and type(result[1]) is dict,
+               "reset must return (observation, info dict)", type(result).__name__)
+        for obs, *_ in [result, *self.transitions()]:
             demand("types", isinstance(obs, np.ndarray) and obs in env.observation_space,
                    "the observation is outside its space",
                    f"{getattr(obs, 'dtype', type(obs))} {getattr(obs, 'shape', '')}",
@@ -146,9 +145,9 @@ class Suite:
         for seed in (0, 12345):
             gap = difference(self.play(seed), self.play(seed))
             demand("seeds", not gap, f"seed {seed} did not repeat itself", gap)
-        streams = [self.play(seed) for seed in range(6)]
+        streams = [self.play(seed)[: self.steps // 2] for seed in range(4)]
         demand("seeds", any(difference(streams[0], s) for s in streams[1:]),
-               "six seeds gave the same stream", "seeds 0 to 5", "seeds that matter")
+               "four seeds gave the same stream", "seeds 0 to 3", "seeds that matter")
         self.env.reset(seed=0)
         first = frozen(self.env.reset())
         self.env.reset(seed=0)
@@ -228,7 +227,9 @@ class Suite:
             raise NotSeen("no episode terminated within the rollouts")
 
     def _many_transitions(self) -> list[Any]:
-        return [t for seed in range(4) for t in self.transitions(seed)]
+        if self._seen is None:
+            self._seen = [t for seed in range(4) for t in self.transitions(seed)]
+        return self._seen
 
     def truncation(self) -> None:
         """Never both flags; a reason exactly when truncated; the horizon is kept."""
@@ -296,10 +297,9 @@ class Suite:
         """The file is no pickle, loads here, and a pickle is refused."""
         with tempfile.TemporaryDirectory() as folder:
             path, expected = self._saved(folder)
-            with guarding("safe-loading"):
-                head = path.read_bytes()[:2]
-            demand("safe-loading", head[:1] != b"\x80" and head != b"PK",
-                   "the saved state is a pickle or an archive", head, "safetensors")
+            demand("safe-loading", looks_safe(path.read_bytes()[:9]),
+                   "the saved state is a pickle or an archive", path.read_bytes()[:9],
+                   "safetensors")
             self.env.load_state(path)
             gap = difference(expected, rollout(self.env, self.actions))
             demand("state", not gap, "a saved state did not repeat", gap)
@@ -338,7 +338,8 @@ class Suite:
         env.reset(seed=4)
         rollout(env, self.actions[:1])
         state = env.get_state()
-        expected = rollout(env, self.actions)
+        after = self.actions[:6]
+        expected = rollout(env, after)
         calls = {f"action {action!r}"[:60]: lambda a=action: env.step(a)
                  for action in bad_actions(env.action_space)}
         calls |= {f"seed {s!r}": lambda s=s: env.reset(seed=s) for s in (-1, "one", 0.5)}
@@ -348,7 +349,7 @@ class Suite:
         for what, call in calls.items():
             env.set_state(state)
             refuses("refusal", call, WorldGymError, what)
-            gap = difference(expected, rollout(env, self.actions))
+            gap = difference(expected, rollout(env, after))
             demand("refusal", not gap, f"after {what} the env went another way", gap)
 
     def render(self) -> None:

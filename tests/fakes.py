@@ -80,7 +80,8 @@ class FakeState:
     def load(cls, path, world):
         with safe_open(str(path), framework="pt") as file:
             get = file.get_tensor
-            return cls(get("latents"), *(get(n).numpy() for n in ("seed", "episode", "step", "fork")))
+            rest = (get(n).numpy() for n in ("seed", "episode", "step", "fork"))
+            return cls(get("latents"), *rest)
 
 
 @dataclass
@@ -159,7 +160,8 @@ class FakeWorld:
                 latents[row, frame], reward[row, frame] = byte, 1 + byte[0] / 8
                 if byte[5] and not ended[row]:
                     ended[row], end[row] = True, frame
-        shaped = torch.from_numpy((latents - 128) / 128).float().reshape(len(slots), frames, 3, 2, 2)
+        shaped = torch.from_numpy((latents - 128) / 128).float()
+        shaped = shaped.reshape(len(slots), frames, 3, 2, 2)
         parts = [a.clone() if torch.is_tensor(a) else a.copy() for a in state._arrays()]
         parts[0][slots], parts[3][slots] = shaped[:, -1], state.step_B[slots] + 1
         paid = np.where(np.arange(frames) <= end[:, None], reward, 0).sum(1)
