@@ -47,6 +47,7 @@ class PagePool:
         self.refs = np.zeros(0, np.int64)
         self.sealed = np.zeros(0, bool)
         self._free: list[int] = []
+        self._buffers: dict[tuple, Tensor] = {}
         if pages:
             self._grow(pages)
 
@@ -112,12 +113,30 @@ class PagePool:
         """Make pages immutable."""
         self.sealed[ids] = True
 
-    def gather(self, layer: int, pages_BP: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, P * tokens, N, E) of a table; padding must point at a real page."""
-        b, p = pages_BP.shape
-        flat, tail = pages_BP.flatten(), (b, p * self.spec.tokens, self.spec.heads, -1)
-        return (self.k[layer].index_select(0, flat).view(tail),
-                self.v[layer].index_select(0, flat).view(tail))
+    def gather(self, store: Tensor, pages_BP: Tensor, own_BTNE: Tensor,
+               buffer: tuple | None = None) -> Tensor:
+        """One layer's keys or values of a table, then a block's own: (B, P * tokens + T, N, E).
+
+        Padding must point at a real page. ``buffer``: write into the pool's scratch buffer of this
+        name, valid until the next gather into it; saves allocating the whole context every step.
+        """
+        (b, p), spec = pages_BP.shape, self.spec
+        rows = p * spec.tokens + own_BTNE.shape[1]
+        shape = (b, rows, spec.heads, spec.head_dim)
+        if buffer is None or torch.is_grad_enabled():
+            pages = store.index_select(0, pages_BP.flatten())
+            return torch.cat([pages.view(b, -1, *shape[2:]), own_BTNE], 1)
+        old = self._scratch((*buffer, "pages"), (b * p, *store.shape[1:]))
+        torch.index_select(store, 0, pages_BP.flatten(), out=old)
+        out = self._scratch(buffer, shape)
+        return torch.cat([old.view(b, -1, *shape[2:]), own_BTNE], 1, out=out)
+
+    def _scratch(self, name: tuple, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._buffers.get(name)
+        if tensor is None or tensor.shape != shape:
+            tensor = torch.empty(shape, dtype=self.spec.dtype, device=self.device)
+            self._buffers[name] = tensor
+        return tensor
 
     def stats(self) -> dict[str, int]:
         """Pages in use, free pages, capacity and bytes."""
@@ -248,8 +267,12 @@ class PagedAttend:
             [sees_BQK[:, :, :p] & (tables.pages_BP >= 0)[:, None],
              np.zeros((b, sees_BQK.shape[1], extra), bool), sees_BQK[:, :, p:]], 2)
         self.pool, self.tokens, self.write = pool, pool.spec.tokens, write
-        self.empty = pages < 0
-        self.pages = torch.from_numpy(np.where(self.empty, 0, pages)).to(pool.device)
+        empty = pages < 0
+        self.pages = torch.from_numpy(np.where(empty, 0, pages)).to(pool.device)
+        self.hole = None
+        if empty.any():  # whatever lies in a padding column must not turn into NaN * 0
+            hole = torch.from_numpy(empty.repeat(self.tokens, 1)).to(pool.device)
+            self.hole = hole[:, :, None, None]
         self.mask = self._token_mask(sees)
         self.reuse = reuse
         self.turn = None if move_BP is None else self._turn(np.pad(move_BP, ((0, 0), (0, extra))))
@@ -274,18 +297,24 @@ class PagedAttend:
         if self.write is not None:
             self._write(layer, k_BTNE, v_BTNE)
         if self.pages.shape[1]:
-            old_k, old_v = self.pool.gather(layer, self.pages)
-            if self.empty.any():  # whatever lies in a padding column must not turn into NaN * 0
-                hole = torch.from_numpy(self.empty.repeat(self.tokens, 1)).to(old_k.device)
-                old_k = old_k.masked_fill(hole[:, :, None, None], 0)
-                old_v = old_v.masked_fill(hole[:, :, None, None], 0)
-            if self.turn is not None:
-                old_k = rotate(old_k, self.turn)
-            k_BTNE, v_BTNE = torch.cat([old_k, k_BTNE], 1), torch.cat([old_v, v_BTNE], 1)
+            k_BTNE = self._with_context(self.pool.k[layer], k_BTNE, ("k", layer), self.turn)
+            v_BTNE = self._with_context(self.pool.v[layer], v_BTNE, ("v", layer), None)
         if self.reuse:
             self.keys.append(k_BTNE)
             self.values.append(v_BTNE)
         return attention(q_BTNE, k_BTNE, v_BTNE, self.mask)
+
+    def _with_context(self, store: Tensor, own_BTNE: Tensor, name: tuple,
+                      turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        # only keys and values that later passes reuse need a buffer per layer
+        buffer = name if self.reuse else None
+        whole = self.pool.gather(store, self.pages, own_BTNE, buffer)
+        old = whole[:, :self.pages.shape[1] * self.tokens]
+        if self.hole is not None:
+            old.masked_fill_(self.hole, 0)
+        if turn is not None:
+            old.copy_(rotate(old, turn))
+        return whole
 
     def _write(self, layer: int, k_BTNE: Tensor, v_BTNE: Tensor) -> None:
         frames = self.write.shape[1]

@@ -19,9 +19,10 @@ class CodecConfig:
     """Sizes of the autoencoder; ``frame_hw`` must be divisible by 8."""
 
     frame_hw: tuple[int, int] = (48, 80)
-    channels: int = 16
+    channels: int = 8
     width: int = 48
     deep_width: int = 96
+    noise: float = 0.3  # of raw latents while training: only what survives it is worth encoding
 
     @property
     def latent_chw(self) -> tuple[int, int, int]:
@@ -74,6 +75,11 @@ class Codec(nn.Module):
         self.register_buffer("mean", torch.zeros(cfg.channels))
         self.register_buffer("std", torch.ones(cfg.channels))
 
+    def forward(self, pixels_BCHW: Tensor, noise_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        """(reconstruction, raw latents); noise bounds what latents can carry."""
+        z = self.raw(pixels_BCHW)
+        return self.decoder(z + self.cfg.noise * noise_BChw), z
+
     def raw(self, pixels_BCHW: Tensor) -> Tensor:
         """Latents before normalisation, of pixels in [-1, 1]."""
         return self.encoder(pixels_BCHW)
@@ -109,17 +115,15 @@ def to_pixels(frames_BHWC: Tensor, frame_hw: tuple[int, int], device: torch.devi
     return frames_BHWC.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def codec_loss(codec: Codec, frames_BHWC: Tensor, median_HWC: Tensor, noise_BCHW: Tensor,
+def codec_loss(model: nn.Module, pixels_BCHW: Tensor, median_CHW: Tensor, noise_BChw: Tensor,
                emphasis: float = 8.0) -> tuple[Tensor, Tensor]:
     """(weighted squared error + latent penalty, plain squared error on [-1, 1]).
 
     Pixels far from the recording's median frame weigh more: without this, small moving things
     (a fireball is a few pixels of thousands) are the first to be dropped.
     """
-    x = to_pixels(frames_BHWC, codec.cfg.frame_hw, codec.mean.device)
-    median = to_pixels(median_HWC[None], codec.cfg.frame_hw, codec.mean.device)
-    z = codec.raw(x)
-    error = (codec.decoder(z + 0.05 * noise_BCHW) - x) ** 2
-    weight = 1 + emphasis * (x - median).abs().amax(1, keepdim=True)
+    drawn, z = model(pixels_BCHW, noise_BChw)
+    error = (drawn - pixels_BCHW) ** 2
+    weight = 1 + emphasis * (pixels_BCHW - median_CHW).abs().amax(1, keepdim=True)
     loss = (weight * error).mean() / weight.mean() + 1e-3 * (z**2).mean()
     return loss, error.detach().mean()

@@ -34,10 +34,10 @@ class _Member(nn.Module):
         self.hidden = nn.Linear(cfg.width // 2 * h * w + cfg.action_features, cfg.hidden)
         self.last = nn.Linear(cfg.hidden + cfg.action_features, 3)
 
-    def forward(self, x_BChw: Tensor, action_BA: Tensor) -> Tensor:
+    def forward(self, near_BPN: Tensor, grid_hw: tuple[int, int], action_BA: Tensor) -> Tensor:
         # 3x3 convolutions written as matrix products: their bits do not depend on the batch
-        x = F.silu(self.inputs(_neighbours(x_BChw)))
-        x = F.silu(self.middle(_neighbours(x.transpose(1, 2).unflatten(2, x_BChw.shape[2:]))))
+        x = F.silu(self.inputs(near_BPN))
+        x = F.silu(self.middle(_neighbours(x.transpose(1, 2).unflatten(2, grid_hw))))
         x = F.silu(self.hidden(torch.cat([x.flatten(1), action_BA], 1)))
         return self.last(torch.cat([x, action_BA], 1))
 
@@ -62,7 +62,8 @@ class Outcome(nn.Module):
     def forward(self, past_BKChw: Tensor, action_BA: Tensor) -> Tensor:
         x = past_BKChw.flatten(1, 2)
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # marks the border against zero padding
-        return torch.stack([member(x, action_BA) for member in self.members], 1)
+        near, grid = _neighbours(x), x.shape[2:]
+        return torch.stack([member(near, grid, action_BA) for member in self.members], 1)
 
     def predict(self, past_BKChw: Tensor, action_BA: Tensor) -> tuple[Tensor, Tensor]:
         """(end chance (B,), rewards (B, 2) if it goes on / if it ends)."""

@@ -1,0 +1,161 @@
+"""Policies that nobody trained, and the parser that turns a name into a policy."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from worldgym.actions import ActionSpec
+from worldgym.agents.policy import Policy, SlotPolicy, idle_action, sample_action
+from worldgym.errors import ConfigError
+
+
+class Random(SlotPolicy):
+    """A new uniformly random action at every step."""
+
+    name = "random"
+
+    def choose(self, slot: int, t: int, frame_HWC: np.ndarray) -> np.ndarray:
+        return sample_action(self.action, self.rngs[slot])
+
+
+class Constant(SlotPolicy):
+    """The same action for ever; without a value, the idle one."""
+
+    def __init__(self, action: ActionSpec, value: float | None = None) -> None:
+        super().__init__(action)
+        self.name = "noop" if value is None else f"constant:{value:g}"
+        self.value = idle_action(action)
+        if value is not None:
+            self.value = action.check(np.full((1, *action.shape), value))[0]
+
+    def choose(self, slot: int, t: int, frame_HWC: np.ndarray) -> np.ndarray:
+        return self.value
+
+
+class Sticky(SlotPolicy):
+    """Keeps its action, and draws a new one with probability ``p`` at every step."""
+
+    def __init__(self, action: ActionSpec, p: float = 0.2) -> None:
+        super().__init__(action)
+        if not 0 < p <= 1:
+            raise ConfigError("sticky needs a probability", given=p, expected="0 < p <= 1",
+                              fix="write sticky:0.2")
+        self.name, self.p = f"sticky:{p:g}", p
+        self._held: dict[int, np.ndarray] = {}
+
+    def start(self, slot: int) -> None:
+        self._held[slot] = sample_action(self.action, self.rngs[slot])
+
+    def choose(self, slot: int, t: int, frame_HWC: np.ndarray) -> np.ndarray:
+        if self.rngs[slot].random() < self.p:
+            self._held[slot] = sample_action(self.action, self.rngs[slot])
+        return self._held[slot]
+
+
+class Sweep(SlotPolicy):
+    """Left and right (actions 2 and 1) in turn, ``period`` steps each; for Discrete(3) games.
+
+    >>> sweep = Sweep(ActionSpec.discrete(3), 2)
+    >>> sweep.reset(1, seed=0)
+    >>> frame = np.zeros((1, 4, 4, 3), np.uint8)
+    >>> len({int(sweep.act(frame, t)[0]) for t in range(4)})
+    2
+    """
+
+    def __init__(self, action: ActionSpec, period: int = 20) -> None:
+        super().__init__(action)
+        if period < 1:
+            raise ConfigError("sweep needs a period", given=period, expected="period >= 1",
+                              fix="write sweep:20")
+        _needs_three(action, "sweep")
+        self.name, self.period = f"sweep:{period}", period
+        self._first: dict[int, int] = {}
+
+    def start(self, slot: int) -> None:
+        self._first[slot] = int(self.rngs[slot].integers(2))
+
+    def choose(self, slot: int, t: int, frame_HWC: np.ndarray) -> int:
+        return self.action.start + 1 + (t // self.period + self._first[slot]) % 2
+
+
+def _needs_three(action: ActionSpec, who: str) -> None:
+    if action.kind != "discrete" or action.sizes != (3,):
+        raise ConfigError(f"{who} moves left and right only", given=f"{action.kind}{action.sizes}",
+                          expected="Discrete(3): none, right, left", fix="use random or sticky:0.2")
+
+
+def _dodge(action: ActionSpec, text: str | None) -> Policy:
+    from worldgym.agents.dodger import Dodger
+
+    _needs_three(action, "dodger")
+    return Dodger(action, **({} if text is None else {"safe": _number(text, "dodger")}))
+
+
+def _number(text: str, name: str, kind: type = float) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"policy {name} has a bad argument", given=text,
+                          expected=f"{name}:NUMBER", fix=f"write for instance {EXAMPLES[name]}"
+                          ) from None
+
+
+EXAMPLES = {"random": "random", "noop": "noop", "constant": "constant:1", "sticky": "sticky:0.2",
+            "sweep": "sweep:20", "dodger": "dodger"}
+
+_TABLE: dict[str, Callable[[ActionSpec, str | None], Policy]] = {
+    "random": lambda a, _: Random(a),
+    "noop": lambda a, _: Constant(a),
+    "constant": lambda a, x: Constant(a, None if x is None else _number(x, "constant")),
+    "sticky": lambda a, x: Sticky(a, 0.2 if x is None else _number(x, "sticky")),
+    "sweep": lambda a, x: Sweep(a, 20 if x is None else int(_number(x, "sweep", int))),
+    "dodger": _dodge,
+}
+
+
+def parse_policy(name: str, action: ActionSpec, world: object | None = None) -> Policy:
+    """Make the policy that ``name`` says.
+
+    Args:
+        name: ``random``, ``noop``, ``constant:1``, ``sticky:0.2``, ``sweep:20``, ``dodger``, a
+            trained ``model.zip``, or ``module:function`` (called with the action spec).
+        action: the game's actions.
+        world: a world (or a function that makes one), needed to encode frames for a policy that
+            was trained on latent observations.
+    """
+    head, _, tail = name.partition(":")
+    if head in _TABLE:
+        if head in ("random", "noop") and tail:
+            raise ConfigError(f"policy {head} takes no argument", given=name, expected=head,
+                              fix=f"write {head}")
+        return _TABLE[head](action, tail or None)
+    if name.endswith(".zip"):
+        from worldgym.agents.model import load_agent
+
+        return load_agent(Path(name), world=world)
+    if tail and head.replace(".", "").replace("_", "").isalnum():
+        return _import_policy(head, tail, action)
+    raise ConfigError(
+        "unknown policy", given=repr(name),
+        expected=f"one of {', '.join(EXAMPLES.values())}, a model.zip, or module:function",
+        fix="check the spelling, or give a trained agent as agent.zip",
+    )
+
+
+def _import_policy(module: str, function: str, action: ActionSpec) -> Policy:
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError("policy cannot be imported", given=f"{module}:{function} ({error})",
+                          expected="module:function on the Python path",
+                          fix="run from the folder of that module, or install it") from error
+    policy = factory(action)
+    if not isinstance(policy, Policy):
+        raise ConfigError("not a policy", given=type(policy).__name__,
+                          expected="an object with name, reset(n, seed) and act(frames, t, slots)",
+                          fix="see worldgym.agents.policy.Policy")
+    return policy

@@ -1,0 +1,143 @@
+"""README tables, generated from ``results/*.json`` between ``<!-- table:NAME -->`` markers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from worldgym.agents import results
+from worldgym.errors import ConfigError
+
+MARKER = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
+WAITING = "*Not measured yet in this checkout: `{command}` writes `results/{file}`.*\n"
+
+POLICIES = {
+    "dream-ppo": "PPO, trained **only in the dream** (shipped)",
+    "scripted-best": "best scripted policy",
+    "real-ppo-same-steps": "PPO in the real game, as many real steps",
+    "random": "random",
+    "noop": "standing still",
+}
+BENCH = {
+    "dream_steps_per_s": "dream, 64 slots, latent observations (steps/s)",
+    "real_steps_per_s": "real game, one process, 160x120, skip 4 (steps/s)",
+    "dream_over_real_steps": "dream ÷ real",
+    "step2000_over_step50": "time of step 2,000 ÷ step 50",
+    "memory_growth": "memory growth after warm-up",
+    "wrapper_share": "share of a step spent in the environment face",
+    "cached_over_recomputed": "cached stepping ÷ recomputing the window (speed)",
+}
+
+
+def _lookup(data: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["what"], row["metric"]): row for row in data["rows"]}
+
+
+def _tics(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    text = f"{row['value']:,.0f}"
+    if "sd" in row:
+        text += f" ± {row['sd']:,.0f}"
+    if "ci95" in row:
+        text += f" ({row['ci95'][0]:,.0f} to {row['ci95'][1]:,.0f}; n = {row['n']})"
+    return text
+
+
+def transfer(data: dict[str, Any]) -> str:
+    """Dream and real return of every policy, side by side."""
+    rows = _lookup(data)
+    names = [n for n in POLICIES if (n, "real_return") in rows]
+    names += sorted({w for w, m in rows if m == "real_return"} - set(names))
+    lines = ["| agent | in the real game (tics) | in the dream (tics) | optimism |",
+             "|---|---|---|---|"]
+    for name in names:
+        real, dream = rows[name, "real_return"], rows.get((name, "dream_return"))
+        gap = "–" if dream is None else f"{dream['value'] - real['value']:+,.0f}"
+        lines.append(f"| {POLICIES.get(name, name)} | {_tics(real)} | {_tics(dream)} | {gap} |")
+    return "\n".join([*lines, "", _world_facts(rows), ""])
+
+
+def _world_facts(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+    names = {"real_steps_used": "real steps used", "psnr_1": "PSNR after 1 step (dB)",
+             "psnr_50": "after 50 steps", "psnr_50_copy": "copying the last frame, after 50 steps",
+             "end_auc": "AUC of the end head"}
+    facts = [f"{label} {rows['world', key]['value']:,.6g}" for key, label in names.items()
+             if ("world", key) in rows]
+    return "Mean ± standard deviation (95 % interval)." + (
+        " The world: " + ", ".join(facts) + "." if facts else "")
+
+
+def bench(data: dict[str, Any]) -> str:
+    """Speed, constancy and overhead of the shipped world."""
+    rows = _lookup(data)
+    lines = ["| what | value |", "|---|---|"]
+    for metric, label in BENCH.items():
+        row = rows.get(("nano", metric))
+        if row is not None:
+            lines.append(f"| {label} | {_bench_value(metric, row)} |")
+    return "\n".join([*lines, "", f"Machine: {data['about'].get('machine', 'unknown')}.", ""])
+
+
+def _bench_value(metric: str, row: dict[str, Any]) -> str:
+    if metric in ("memory_growth", "wrapper_share"):
+        return f"{100 * row['value']:.2f} %"
+    if metric == "cached_over_recomputed":
+        return f"{row['value']:.1f}×"
+    return f"{row['value']:,.0f}" if row["value"] >= 10 else f"{row['value']:.3f}"
+
+
+def fuzz(data: dict[str, Any]) -> str:
+    """Random sequences of state operations."""
+    rows = _lookup(data)
+    order = ["sequences", "failures", "pages_leaked"]
+    lines = ["| " + " | ".join(x.replace("_", " ") for x in order) + " |", "|---|---|---|"]
+    lines.append("| " + " | ".join(f"{rows['nano', x]['value']:,.0f}" if ("nano", x) in rows
+                                   else "–" for x in order) + " |")
+    return "\n".join([*lines, ""])
+
+
+TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "transfer": ("take_cover_transfer.json", "worldgym score", transfer),
+    "bench": ("take_cover_bench.json", "make bench", bench),
+    "fuzz": ("state_fuzz.json", "make fuzz", fuzz),
+}
+
+
+def render(name: str, folder: Path) -> str:
+    """The Markdown of table ``name`` from the results in ``folder``."""
+    if name not in TABLES:
+        raise ConfigError("unknown table", given=name, expected=f"one of {sorted(TABLES)}",
+                          fix="correct the marker in the README or add the table to tables.py")
+    file, command, make = TABLES[name]
+    path = folder / file
+    if not path.exists():
+        return WAITING.format(command=command, file=file)
+    return make(results.read(path))
+
+
+def filled(text: str, folder: Path) -> str:
+    """``text`` with every marked table generated anew."""
+    return MARKER.sub(
+        lambda m: f"<!-- table:{m[1]} -->\n{render(m[1], folder)}<!-- /table -->", text)
+
+
+def update(readme: Path, folder: Path) -> bool:
+    """Rewrite the tables of ``readme``; true if anything changed."""
+    old = readme.read_text()
+    new = filled(old, folder)
+    if new != old:
+        results.atomic_text(readme, new)
+    return new != old
+
+
+def main() -> None:
+    """``make tables``."""
+    root = Path(__file__).resolve().parent.parent
+    print("README.md", "updated" if update(root / "README.md", root / "results") else "unchanged")
+
+
+if __name__ == "__main__":
+    main()

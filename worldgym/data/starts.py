@@ -1,0 +1,327 @@
+"""Start states: short pieces of real play in latents, from which dreamt episodes begin.
+
+Shapes: N starts of the bank, B chosen starts, K context frames, U stored latents, V stored frames,
+C channel, h w latent grid, H W pixels. Equal frames are stored once; latents are kept as float16,
+rounded when the bank is built, so that a bank in memory and one from disk are the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldgym import checkpoint
+from worldgym.data.store import Episodes
+from worldgym.errors import CheckpointError, ConfigError, DatasetError, NotFiniteError, ShapeError
+from worldgym.state import Starts
+
+FORMAT = 1
+KIND = "worldgym.starts"
+ENCODE_BATCH = 64  # frames
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StartBank:
+    """Real frames with their past, ready for ``World.begin``.
+
+    Fields: ``latents_UChw`` float16 and ``latent_rows_NK`` (row of each context frame, -1: none),
+    ``actions`` (N, K, *shape): the action that led to each frame, ``null_NK``: no action led to it,
+    ``length_N``: context frames present (right-aligned), ``frames_VHWC`` uint8, ``frame_rows_N``:
+    the newest frame of each start, ``beginnings``: bool (N,), the first frame of an episode.
+    Beginnings come first.
+
+    >>> from worldgym.data.starts import StartBank
+    >>> bank = StartBank.from_frames(lambda frames: frames.float().permute(0, 3, 1, 2) / 255,
+    ...                              np.zeros((2, 4, 6, 3), np.uint8), np.zeros((2,), np.int64))
+    >>> len(bank), bank.sample([7, 7], [0, 1]).shape, bank.gather([0, 1]).latents_BKChw.shape
+    (2, (2,), torch.Size([2, 1, 3, 4, 6]))
+    """
+
+    latents_UChw: Tensor
+    latent_rows_NK: np.ndarray
+    actions: np.ndarray
+    null_NK: np.ndarray
+    length_N: np.ndarray
+    frames_VHWC: np.ndarray
+    frame_rows_N: np.ndarray
+    beginnings: np.ndarray
+
+    @classmethod
+    def build(cls, episodes: Episodes, encode: Callable[[Tensor], Tensor], ids: np.ndarray,
+              count: int, context: int, seed: int = 0, beginning_fraction: float = 0.5,
+              margin: int = 10) -> StartBank:
+        """Draw starts from recorded episodes and encode them.
+
+        Args:
+            episodes: recorded play.
+            encode: uint8 frames (B, H, W, 3) to latents (B, C, h, w), e.g. ``World.encode``.
+            ids: episodes to draw from.
+            count: starts to make, N.
+            context: most frames per start, K.
+            seed: of the draw.
+            beginning_fraction: share of starts that are the first frame of an episode.
+            margin: steps that a start keeps away from the end of an episode that terminated.
+
+        Raises:
+            ConfigError: impossible numbers. DatasetError: no episodes to draw from.
+        """
+        ids = np.asarray(ids, np.int64)
+        if count < 1 or context < 1 or margin < 1 or not 0 <= beginning_fraction <= 1:
+            raise ConfigError(
+                "impossible start bank", expected="count, context, margin >= 1; fraction in [0, 1]",
+                given=f"count={count}, context={context}, margin={margin}, "
+                      f"beginning_fraction={beginning_fraction}", fix="correct the number")
+        if not len(ids) or ids.min() < 0 or ids.max() >= len(episodes):
+            raise DatasetError("no such episodes to start from", given=ids.tolist()[:8],
+                               expected=f"episode numbers in [0, {len(episodes) - 1}]",
+                               fix="pass the training half of Episodes.split()")
+        first_N, last_N = _draw(episodes, ids, count, context, seed, beginning_fraction, margin)
+        length_N = last_N - np.maximum(first_N, last_N - context + 1) + 1
+        column = np.arange(context)[None]
+        rows_NK = np.where(column >= context - length_N[:, None],
+                           last_N[:, None] - (context - 1 - column), -1)
+        there, beginning_N = rows_NK >= 0, last_N == first_N
+        wanted, inverse = np.unique(rows_NK[there], return_inverse=True)
+        unique_U, same = _distinct(episodes, wanted)
+        latent_rows = np.full(rows_NK.shape, -1, np.int32)
+        latent_rows[there] = same[inverse]
+        shown, frame_rows = np.unique(latent_rows[:, -1], return_inverse=True)
+        actions = episodes.take("actions", np.maximum(rows_NK, 0))
+        actions[~there] = 0
+        return cls(
+            latents_UChw=_encode(episodes, unique_U, encode), latent_rows_NK=latent_rows,
+            actions=actions, null_NK=~there | (rows_NK == first_N[:, None]),
+            length_N=length_N.astype(np.int64),
+            frames_VHWC=episodes.take("frames", unique_U[shown]),
+            frame_rows_N=frame_rows.astype(np.int32), beginnings=beginning_N)
+
+    @classmethod
+    def from_frames(cls, encode: Callable[[Tensor], Tensor], frames_NHWC: np.ndarray,
+                    actions: np.ndarray) -> StartBank:
+        """A bank of single images without a past; ``actions`` (N, *shape) only give the layout."""
+        frames = check_frames(frames_NHWC)
+        n = len(frames)
+        with torch.no_grad():
+            latents = _half(encode(torch.from_numpy(frames)))
+        return cls(latents_UChw=latents, latent_rows_NK=np.arange(n, dtype=np.int32)[:, None],
+                   actions=np.zeros_like(np.asarray(actions))[:, None],
+                   null_NK=np.ones((n, 1), bool), length_N=np.ones(n, np.int64),
+                   frames_VHWC=frames, frame_rows_N=np.arange(n, dtype=np.int32),
+                   beginnings=np.ones(n, bool))
+
+    def __len__(self) -> int:
+        return len(self.length_N)
+
+    def __repr__(self) -> str:
+        return (f"StartBank({len(self)} starts of up to {self.latent_rows_NK.shape[1]} frames, "
+                f"{int(self.beginnings.sum())} of them beginnings)")
+
+    def sample(self, seeds: Any, episodes: Any, beginnings_only: bool = False) -> np.ndarray:
+        """Index of the start for each (seed, episode), broadcast; depends on nothing else."""
+        draw = hash64(seeds, episodes)
+        if not beginnings_only:
+            return (draw % np.uint64(len(self))).astype(np.int64)
+        chosen = np.flatnonzero(self.beginnings)
+        if not len(chosen):
+            raise ConfigError("the bank has no beginnings", given=repr(self),
+                              expected="at least one", fix="build it with beginning_fraction > 0")
+        return chosen[(draw % np.uint64(len(chosen))).astype(np.int64)]
+
+    def only(self, indices: Any) -> StartBank:
+        """A bank of these starts only, e.g. ``bank.only(np.flatnonzero(bank.beginnings))``."""
+        i = self._check(indices)
+        return replace(self, latent_rows_NK=self.latent_rows_NK[i], actions=self.actions[i],
+                       null_NK=self.null_NK[i], length_N=self.length_N[i],
+                       frame_rows_N=self.frame_rows_N[i], beginnings=self.beginnings[i])
+
+    def gather(self, indices: Any) -> Starts:
+        """These starts (repeats allowed) as ``Starts``, float32 on the CPU; padding is zero."""
+        index_B = self._check(indices)
+        rows = torch.from_numpy(self.latent_rows_NK[index_B].astype(np.int64))
+        latents = self.latents_UChw[rows.clamp(min=0)].float()
+        latents[rows < 0] = 0
+        return Starts(latents, self.actions[index_B], self.null_NK[index_B],
+                      self.length_N[index_B])
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """Newest real frame of every start, uint8 (N, H, W, 3); read-only."""
+        frames = self.frames_VHWC[self.frame_rows_N]
+        frames.setflags(write=False)
+        return frames
+
+    def last_frames(self, indices: Any) -> np.ndarray:
+        """Newest real frame of these starts, uint8 (B, H, W, 3)."""
+        return self.frames_VHWC[self.frame_rows_N[self._check(indices)]]
+
+    def _check(self, indices: Any) -> np.ndarray:
+        index = np.asarray(indices)
+        if index.ndim != 1 or (index.size and (index.dtype.kind not in "iu" or index.min() < 0
+                                               or index.max() >= len(self))):
+            raise ConfigError("no such start state", given=indices,
+                              expected=f"a list of integers in [0, {len(self) - 1}]",
+                              fix="draw indices with sample(seeds, episodes)")
+        return index.astype(np.int64)
+
+    @staticmethod
+    def encode_frames(world: Any, frames: np.ndarray) -> Starts:
+        """Starts of one image each (B, H, W, 3) uint8, as if an episode began there."""
+        frames = check_frames(frames)
+        n, action = len(frames), world.spec.action
+        latents = world.encode(torch.from_numpy(frames)).float()[:, None]
+        return Starts(latents, np.zeros((n, 1, *action.shape), action.dtype),
+                      np.ones((n, 1), bool), np.ones(n, np.int64))
+
+    # -- disk --------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+        """Write one safetensors file, atomically; ``metadata``: JSON values to keep with it."""
+        tensors = {"latents": self.latents_UChw}
+        for name, field in _ARRAYS.items():
+            tensors[name] = torch.from_numpy(np.array(getattr(self, field)))
+        header = {"kind": KIND, "format": FORMAT, "starts": len(self), **dict(metadata or {})}
+        return checkpoint.save(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> StartBank:
+        """Read a bank back; CheckpointError when the file is none or does not fit together."""
+        tensors, header = checkpoint.load_tensors(path)
+        if header.get("kind") != KIND or header.get("format") != FORMAT:
+            raise CheckpointError("not a start bank", given=f"{path}: {header}",
+                                  expected=f"a {KIND} file of format {FORMAT}",
+                                  fix="write it with StartBank.save")
+        if set(tensors) != {"latents", *_ARRAYS}:
+            raise CheckpointError("start bank has the wrong tensors",
+                                  given=f"{path}: {sorted(tensors)}",
+                                  expected=sorted(["latents", *_ARRAYS]), fix="build it again")
+        bank = cls(latents_UChw=tensors["latents"],
+                   **{field: tensors[name].numpy() for name, field in _ARRAYS.items()})
+        problem = bank._problem()
+        if problem:
+            raise CheckpointError("start bank does not fit together", given=f"{path}: {problem}",
+                                  expected="the file that StartBank.save wrote",
+                                  fix="build the bank again")
+        return bank
+
+    def _problem(self) -> str:
+        """What is wrong with the arrays, or nothing."""
+        n, rows = len(self.length_N), self.latent_rows_NK
+        k = rows.shape[-1]
+        wants = {"latents": self.latents_UChw.ndim == 4
+                 and self.latents_UChw.dtype == torch.float16,
+                 "latent_rows": rows.shape == (n, k) and rows.dtype == np.int32,
+                 "actions": self.actions.shape[:2] == (n, k),
+                 "null": self.null_NK.shape == (n, k) and self.null_NK.dtype == bool,
+                 "frames": self.frames_VHWC.ndim == 4 and self.frames_VHWC.dtype == np.uint8,
+                 "frame_rows": self.frame_rows_N.shape == (n,),
+                 "beginnings": self.beginnings.shape == (n,) and self.beginnings.dtype == bool}
+        wrong = [name for name, ok in wants.items() if not ok]
+        if wrong or n < 1:
+            return f"shape or dtype of {wrong or 'length'}"
+        absent = np.arange(k)[None] < (k - self.length_N)[:, None]
+        if not ((1 <= self.length_N) & (self.length_N <= k)).all() or (
+                (rows < 0) != absent).any() or rows.max() >= len(self.latents_UChw):
+            return "latent rows"
+        frames = self.frame_rows_N
+        if frames.min() < 0 or frames.max() >= len(self.frames_VHWC):
+            return "frame rows"
+        return "" if bool(torch.isfinite(self.latents_UChw).all()) else "latents are not finite"
+
+
+_ARRAYS = {"latent_rows": "latent_rows_NK", "actions": "actions", "null": "null_NK",
+           "length": "length_N", "frames": "frames_VHWC", "frame_rows": "frame_rows_N",
+           "beginnings": "beginnings"}
+
+
+def hash64(seeds: Any, episodes: Any) -> np.ndarray:
+    """uint64 hash of (seed, episode), broadcast (splitmix64: Steele, Lea, Flood, OOPSLA 2014)."""
+    seed, episode = np.broadcast_arrays(np.asarray(seeds, np.int64), np.asarray(episodes, np.int64))
+    with np.errstate(over="ignore"):
+        return _mix(_mix(seed.astype(np.uint64)) ^ episode.astype(np.uint64))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def check_frames(frames: Any) -> np.ndarray:
+    """Contiguous uint8 frames (B, H, W, 3), or ShapeError."""
+    array = np.asarray(frames)
+    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or not len(array):
+        raise ShapeError("start frames have the wrong form", given=f"{array.dtype} {array.shape}",
+                         expected="uint8 (B, H, W, 3), B >= 1", fix="stack RGB frames in 0..255")
+    return np.array(array)
+
+
+def _draw(episodes: Episodes, ids: np.ndarray, count: int, context: int, seed: int,
+          fraction: float, margin: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first row of the episode, row of the newest frame) of every start, beginnings first."""
+    rng = np.random.default_rng([int(seed), 0x57A7])
+    first_E, steps_E = episodes.starts[ids], episodes.lengths[ids]
+    died_E = episodes.take("terminated", first_E + steps_E)
+    room_E = np.maximum(steps_E - np.where(died_E, margin, 0), 0)  # positions 1..room
+    total = int(room_E.sum())
+    beginnings = round(count * fraction)
+    if beginnings < count and not total:
+        _log.warning("start bank of beginnings only: every episode ends within %d steps", margin)
+        beginnings = count
+    begin_E = _spread(rng, len(ids), beginnings)
+    flat = _spread(rng, total, count - beginnings)
+    edges = np.cumsum(room_E)
+    mid_E = np.searchsorted(edges, flat, side="right")
+    position = flat - (edges - room_E)[mid_E] + 1
+    return (np.concatenate([first_E[begin_E], first_E[mid_E]]),
+            np.concatenate([first_E[begin_E], first_E[mid_E] + position]))
+
+
+def _spread(rng: np.random.Generator, choices: int, count: int) -> np.ndarray:
+    """``count`` numbers in [0, choices): none again before all were drawn; ascending."""
+    if not count:
+        return np.zeros(0, np.int64)
+    whole, rest = divmod(count, choices)
+    return np.sort(np.concatenate([np.tile(np.arange(choices), whole),
+                                   rng.choice(choices, rest, replace=False)]))
+
+
+def _distinct(episodes: Episodes, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with distinct frames, and for each given row the number of its distinct frame."""
+    seen: dict[bytes, int] = {}
+    unique, number = [], np.empty(len(rows), np.int32)
+    for lo in range(0, len(rows), 512):
+        for i, frame in enumerate(episodes.take("frames", rows[lo:lo + 512])):
+            key = hashlib.sha256(frame.tobytes()).digest()
+            if key not in seen:
+                seen[key] = len(seen)
+                unique.append(rows[lo + i])
+            number[lo + i] = seen[key]
+    return np.asarray(unique, np.int64), number
+
+
+def _encode(episodes: Episodes, rows: np.ndarray, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([_half(encode(torch.from_numpy(
+            episodes.take("frames", rows[lo:lo + ENCODE_BATCH]))))
+            for lo in range(0, len(rows), ENCODE_BATCH)])
+
+
+def _half(latents: Tensor) -> Tensor:
+    half = latents.detach().cpu().half()
+    if not bool(torch.isfinite(half).all()):
+        raise NotFiniteError("a start latent does not fit float16",
+                             given=f"largest value {float(latents.abs().max()):.3g}",
+                             expected="finite normalised latents, near [-5, 5]",
+                             fix="check the codec; it may have diverged")
+    return half

@@ -1,0 +1,102 @@
+"""How good a world is: against held-out real episodes, and against copying the last frame.
+
+Shapes: B episode, K context frame, S step, C channel, h w latent grid, H W pixels.
+"""
+
+import numpy as np
+import torch
+
+from worldgym.data.store import Episodes
+from worldgym.engine import World
+from worldgym.state import Starts
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB (B,) of uint8 frames (B, H, W, 3)."""
+    error = (a.astype(np.float64) - b.astype(np.float64)) ** 2
+    return 10 * np.log10(255.0**2 / np.maximum(error.mean((1, 2, 3)), 1e-9))
+
+
+def auc(score: np.ndarray, truth: np.ndarray) -> float:
+    """Area under the ROC curve: chance that a true case scores above a false one."""
+    order = np.argsort(score, kind="stable")
+    rank = np.empty(len(score))
+    values, inverse = np.unique(score[order], return_inverse=True)
+    ends = np.cumsum(np.bincount(inverse, minlength=len(values)))
+    middle = ends - (np.bincount(inverse, minlength=len(values)) - 1) / 2
+    rank[order] = middle[inverse]
+    n = int(truth.sum())
+    if n == 0 or n == len(truth):
+        return float("nan")
+    return float((rank[truth].sum() - n * (n + 1) / 2) / (n * (len(truth) - n)))
+
+
+def replay(world: World, episodes: Episodes, firsts: np.ndarray, context: int,
+           steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frames (S, B, H, W, 3) of the dream that replays recorded actions, and the real ones.
+
+    ``firsts``: rows of the first context frame of each clip.
+    """
+    past = firsts[:, None] + np.arange(context)
+    frames = episodes.take("frames", past.ravel())
+    latents = torch.cat([world.encode(part) for part in np.array_split(frames, context)])
+    shape = (len(firsts), context)
+    begins = np.isin(past, episodes.starts)
+    starts = Starts(latents.unflatten(0, shape),
+                    episodes.take("actions", past.ravel()).reshape(*shape, *episodes.action.shape),
+                    begins, np.full(len(firsts), context))
+    state = world.begin(starts, [seed] * len(firsts), list(range(len(firsts))))
+    dream, real = [], []
+    for step in range(steps):
+        rows = firsts + context + step
+        state, chunk = world.step(state, episodes.take("actions", rows))
+        dream.append(chunk.frames()[:, 0].cpu().numpy())
+        real.append(episodes.take("frames", rows))
+    return np.stack(dream), np.stack(real)
+
+
+def measure(world: World, episodes: Episodes, ids: np.ndarray, clips: int = 64, steps: int = 50,
+            seed: int = 0) -> dict[str, float]:
+    """Metrics on held-out episodes.
+
+    ``psnr_1``, ``psnr_50``: PSNR (dB) of the first and of the 50th dreamed frame under the recorded
+    actions; ``psnr_1_copy``, ``psnr_50_copy``: of the last real context frame shown instead;
+    ``end_auc``: area under the ROC curve of the end chance over all held-out steps.
+    """
+    context = world.spec.context_frames
+    lengths, first = episodes.lengths[ids], episodes.starts[ids]
+    out: dict[str, float] = {}
+    while steps > 1 and not (lengths > context + steps).any():
+        steps //= 2
+    long = np.flatnonzero(lengths > context + steps)
+    if len(long):
+        rng = np.random.default_rng((seed, 7))
+        pick = rng.choice(long, clips)
+        room = lengths[pick] - context - steps
+        firsts = first[pick] + rng.integers(0, room)
+        dream, real = replay(world, episodes, firsts, context, steps, seed)
+        last = episodes.take("frames", firsts + context - 1)
+        for step in sorted({1, steps}):
+            a, b = dream[step - 1], real[step - 1]
+            out[f"psnr_{step}"] = round(float(psnr(a, b).mean()), 3)
+            out[f"psnr_{step}_copy"] = round(float(psnr(last, b).mean()), 3)
+        out["clips"] = clips
+    chance, ended = end_chances(world, episodes, ids)
+    out |= {"end_auc": round(auc(chance, ended), 4), "end_rate": round(float(ended.mean()), 5),
+            "end_rate_predicted": round(float(chance.mean()), 5), "held_out_steps": len(chance)}
+    return out
+
+
+def end_chances(world: World, episodes: Episodes, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(end chance, whether it ended) of every step of these real episodes."""
+    chances, truth = [], []
+    k = world.outcome.frames
+    for i in ids:
+        episode = episodes.episode(int(i))
+        n = len(episode["rewards"]) - 1
+        z = torch.cat([world.encode(episode["frames"][j:j + 256]) for j in range(0, n, 256)])
+        past = z[torch.from_numpy(np.maximum(np.arange(n)[:, None] + np.arange(1 - k, 1), 0))]
+        features = torch.from_numpy(episodes.action.encode(episode["actions"][1:]))
+        chances.append(world.outcome(past, features.to(past.device))[0].cpu().numpy())
+        truth.append(episode["terminated"][1:].astype(bool))
+    return np.concatenate(chances), np.concatenate(truth)
