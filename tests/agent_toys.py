@@ -3,35 +3,17 @@
 import gymnasium
 import numpy as np
 
+from worldgym.data.starts import StartBank
 from worldgym.envs.tasks import Task
 from worldgym.models import nano
-from worldgym.state import Starts
-
-
-class Bank:
-    """Eight one-frame starts."""
-
-    def __init__(self, world, count=8):
-        frames = np.random.default_rng(0).integers(0, 255, (count, 32, 32, 3)).astype(np.uint8)
-        shape = world.spec.action.shape
-        self.frames = frames
-        self.starts = Starts(world.encode(frames)[:, None], np.zeros((count, 1, *shape), np.int64),
-                             np.ones((count, 1), bool), np.ones(count, np.int64))
-
-    def __len__(self):
-        return len(self.starts)
-
-    def sample(self, seed, episode):
-        return int(np.random.default_rng([seed, episode]).integers(len(self)))
-
-    def gather(self, index):
-        return self.starts.rows(np.asarray(index))
 
 
 def tiny_task(**changes):
     """A task over a tiny random world; pays 1 a step, ends by its own head."""
     world = nano.tiny()
-    settings = {"world": world, "starts": Bank(world), "horizon": 12, "name": "tiny", **changes}
+    frames = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3)).astype(np.uint8)
+    bank = StartBank.from_frames(world.encode, frames, np.zeros(8, np.int64))
+    settings = {"world": world, "starts": bank, "horizon": 12, "name": "tiny", **changes}
     return Task(**settings)
 
 
