@@ -156,7 +156,7 @@ def _dream_block(task: Any, policy: Policy, block: np.ndarray, seeds: Sequence[i
         returns[episodes] += reward
         lengths[episodes] += 1
         go_on = ~(ended | (lengths[episodes] >= task.horizon))
-        made = as_numpy(chunk.latents_BFCHW)
+        made = as_numpy(chunk.latents_BFChw)
         rows = np.arange(len(live))
         latents = made[rows, last * made.shape[1] // per_chunk][go_on]
         if not wants_latents and go_on.any():

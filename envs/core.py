@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from worldgym.envs import outcome, spaces
-from worldgym.envs.opening import Opening, ViewConfig, check_seed, decode
+from worldgym.envs.opening import Opening, ViewConfig, decode
 from worldgym.envs.state import CoreState, EnvState
 from worldgym.envs.tasks import Task
 
@@ -254,7 +254,7 @@ class DreamCore:
         if view.observation == "frame":
             fresh = frames[picks, last]
         else:
-            latents = spaces.to_numpy(chunk.latents_BFCHW)
+            latents = spaces.to_numpy(chunk.latents_BFChw)
             fresh = latents[picks, last * latents.shape[1] // self.frames]
             if not np.isfinite(fresh).all():
                 raise NotFiniteError("the world dreamt a latent that is not finite",
@@ -314,13 +314,15 @@ class DreamCore:
                              fix="make the env with the settings that the state was saved with")
         self._state = None if state.core is None else state.core.copy()
 
-    def forked(self, fork_seed: int | None) -> EnvState:
-        """A copy of the state for a fork; a fork seed gives it noise of its own."""
-        state = self.get_state()
-        if state.core is None or fork_seed is None:
-            return state
-        world = state.core.world.fork(1, fork_seed=check_seed(fork_seed))
-        return replace(state, core=replace(state.core, world=world))
+    def forked(self, n: int, fresh: bool) -> list[EnvState]:
+        """``n`` copies of the state, each with noise of its own if ``fresh``."""
+        many = self.ready().world.fork(n, fresh=fresh)  # copies of a slot lie next to each other
+        out = []
+        for i in range(n):
+            state = self.get_state()
+            world = many.select(np.arange(i, n * self.num_slots, n))
+            out.append(replace(state, core=replace(state.core, world=world)))
+        return out
 
     def close(self) -> None:
         """Give the world's pages back; every later call raises ClosedError."""

@@ -90,18 +90,17 @@ class Face:
         self.core.check_open()
         self.set_state(EnvState.load(path, self.core.task.world))
 
-    def fork(self, n: int = 1, fork_seed: int | None = None) -> list[Any]:
+    def fork(self, n: int = 1, fresh: bool = False) -> list[Any]:
         """``n`` independent envs that continue from here; this one is untouched.
 
-        They share the world and its memory pages until they differ. With ``fork_seed`` fork i
-        dreams with noise of its own (key ``fork_seed + i``), else all repeat this env's noise.
+        They share the world and its memory pages until they differ. With ``fresh`` every fork
+        dreams with noise of its own; else equal actions give equal futures.
         """
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
             raise SlotError("impossible number of forks", given=repr(n),
                             expected="an int of at least 1", fix="pass n=2")
         self.core.ready()
-        states = [self.core.forked(None if fork_seed is None else fork_seed + i)
-                  for i in range(n)]
+        states = self.core.forked(int(n), bool(fresh))
         rng = self.get_state().np_random
         forks = [self._sibling() for _ in states]
         for child, state in zip(forks, states, strict=True):

@@ -141,7 +141,7 @@ class Opening:
 
     def _first_stack(self, source: Any, index_n: np.ndarray) -> np.ndarray:
         """Stacked observations of bank starts: the start context, its oldest frame repeated."""
-        latents = spaces.to_numpy(source.latents_BKCHW)
+        latents = spaces.to_numpy(source.latents_BKChw)
         count, depth = latents.shape[:2]
         length = getattr(source, "length_B", None)
         length_n = np.full(count, depth) if length is None else spaces.to_numpy(length)
@@ -166,7 +166,7 @@ class Opening:
         if self.view.observation == "frame":
             newest = np.stack([f for f in images if f is not None])
         else:
-            newest = spaces.to_numpy(own.latents_BKCHW)[:, -1]
+            newest = spaces.to_numpy(own.latents_BKChw)[:, -1]
         axis = spaces.stack_axis(self.view.observation)
         return np.concatenate([newest] * int(self.view.frame_stack), axis=axis)
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from worldgym.envs.tasks import Task
 
 from worldgym.actions import ActionSpec
-from worldgym.envs.tasks import Task
 from worldgym.errors import SlotError, StateError
 from worldgym.spec import WorldSpec
+from worldgym.state import Starts
 
 LIVE = {"states": 0}  # states that were not released: a leak detector
 ACTIONS = {
@@ -26,14 +27,6 @@ ACTIONS = {
     "multi_binary": ActionSpec(kind="multi_binary", shape=(2,), sizes=(2,)),
     "box": ActionSpec(kind="box", shape=(2,), low=(-1.0, -1.0), high=(1.0, 1.0)),
 }
-
-
-@dataclass
-class Starts:
-    latents_BKCHW: torch.Tensor
-    actions_BK: np.ndarray
-    null_BK: np.ndarray
-    length_B: np.ndarray
 
 
 class FakeState:
@@ -71,11 +64,11 @@ class FakeState:
     def select(self, slots):
         return FakeState(*(a[list(slots)] for a in self._arrays()))
 
-    def fork(self, n, slots=None, fork_seed=None):
+    def fork(self, n, slots=None, fresh=False):
         slots = list(range(self.num_slots)) if slots is None else list(slots)
         out = self.select([s for s in slots for _ in range(n)])
-        if fork_seed is not None:
-            out.fork_B = out.fork_B + 1 + fork_seed * 1000 + np.tile(np.arange(n), len(slots))
+        if fresh:
+            out.fork_B = out.fork_B * 1000 + 1 + np.tile(np.arange(n), len(slots))
         return out
 
     def save(self, path):
@@ -93,7 +86,7 @@ class FakeState:
 @dataclass
 class Chunk:
     slots: list
-    latents_BFCHW: torch.Tensor
+    latents_BFChw: torch.Tensor
     reward_B: torch.Tensor
     reward_BF: torch.Tensor
     terminated_B: torch.Tensor
@@ -102,8 +95,8 @@ class Chunk:
 
     def frames(self):
         self.world.decodes += 1
-        flat = self.world.decode(self.latents_BFCHW.flatten(0, 1))
-        return flat.reshape(*self.latents_BFCHW.shape[:2], *flat.shape[1:])
+        flat = self.world.decode(self.latents_BFChw.flatten(0, 1))
+        return flat.reshape(*self.latents_BFChw.shape[:2], *flat.shape[1:])
 
 
 class FakeWorld:
@@ -131,7 +124,7 @@ class FakeWorld:
     def begin(self, starts, seeds, episodes=None):
         n = len(seeds)
         episodes = [0] * n if episodes is None else episodes
-        return FakeState(starts.latents_BKCHW[:, -1].clone(), np.array(seeds, np.int64),
+        return FakeState(starts.latents_BKChw[:, -1].clone(), np.array(seeds, np.int64),
                          np.array(episodes, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64))
 
     def restart(self, state, slots, starts, seeds=None, episodes=None):
@@ -216,11 +209,8 @@ class FakeBank:
 
 def fake_spread(world, state, actions, forks):
     """Standard deviation of the place over forks with fresh noise."""
-    places = []
-    for i in range(forks):
-        _, chunk = world.step(state.fork(1, fork_seed=i), actions)
-        places.append(chunk.latents_BFCHW[:, -1, 0, 0, 0].numpy())
-    return np.std(places, axis=0)
+    _, chunk = world.step(state.fork(forks, fresh=True), np.repeat(actions, forks, axis=0))
+    return chunk.latents_BFChw[:, -1, 0, 0, 0].reshape(-1, forks).numpy().std(axis=1)
 
 
 def fake_task(kind="discrete", frames=1, max_steps=None, bank=10, **changes):

@@ -34,13 +34,18 @@ def model_of(fixture: Fixture) -> WanDiT:
     return load_into(model, fixture.state_dict()).eval()
 
 
+def swap(x: Tensor) -> Tensor:
+    """[B,F,C,H,W] to [B,C,F,H,W] and back."""
+    return x.transpose(1, 2)
+
+
 def bidirectional(fixture: Fixture) -> Iterator[Check]:
     """One forward in which every token sees every token; x is [B,C,F,H,W], x0 [B,F,C,H,W]."""
     x, t = fixture["x"], fixture["t"]
     flow = model_of(fixture)(x, t, fixture["context"])
     yield Check("out", flow, fixture["out"])
-    x0 = x0_from_flow(x, flow, FlowTable(fixture.get("timestep_shift", "shift")).sigma(t))
-    yield Check("x0", x0.transpose(1, 2), fixture["x0"])
+    sigma = FlowTable(fixture.get("timestep_shift", "shift")).sigma(t)  # [B] or [B,F]
+    yield Check("x0", x0_from_flow(swap(x), swap(flow), sigma), fixture["x0"])
 
 
 def causal_train(fixture: Fixture) -> Iterator[Check]:
@@ -159,11 +164,6 @@ class Rollout(CausalStepper):
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (after rotation) and values [B,T,N,E] of all frames still held."""
         return self.pool.gather(layer, torch.from_numpy(self.tables.pages_BP))
-
-
-def swap(x: Tensor) -> Tensor:
-    """[B,F,C,H,W] to [B,C,F,H,W] and back."""
-    return x.transpose(1, 2)
 
 
 def few_step_of(fixture: Fixture) -> FewStep:

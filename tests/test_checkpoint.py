@@ -1,101 +1,33 @@
-"""Checkpoints: strict loading, bad files refused by name, atomic saving, fingerprints."""
+"""Checkpoints: strict loading from every kind of file, atomic saving, fingerprints."""
 
+import hashlib
 import json
-import os
-import pickle
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from worldgym import checkpoint
 from worldgym.checkpoint import describe, fingerprint, load_into, load_tensors, save
-from worldgym.errors import (
-    CheckpointError,
-    ConfigError,
-    DTypeError,
-    NotFiniteError,
-    UnsafeFileError,
+from worldgym.errors import ConfigError, DTypeError, NotFiniteError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from weights import (  # noqa: E402
+    Net,
+    as_folder,
+    as_sharded_folder,
+    as_single,
+    as_torch,
+    same,
+    training_dict,
+    weights,
+    write_shards,
 )
 
-
-class Net(nn.Module):
-    """A little of everything: weights, a float buffer, an integer buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Linear(3, 4)
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-        self.register_buffer("scale", torch.ones(4))
-        self.register_buffer("count", torch.tensor(7))
-
-
-def weights(seed=0):
-    noise = torch.Generator().manual_seed(seed)
-    return {
-        k: torch.randn(v.shape, generator=noise) if v.is_floating_point() else v.clone()
-        for k, v in Net().state_dict().items()
-    }
-
-
-def same(module, want):
-    got = module.state_dict()
-    return set(got) == set(want) and all(torch.equal(got[k], v) for k, v in want.items())
-
-
-def write_shards(folder, tensors, name="model"):
-    names = sorted(tensors)
-    files = {"a": names[: len(names) // 2], "b": names[len(names) // 2 :]}
-    weight_map = {}
-    for part, keys in files.items():
-        file = f"{name}-{part}.safetensors"
-        save_file({k: tensors[k] for k in keys}, folder / file)
-        weight_map.update({k: file for k in keys})
-    index = folder / f"{name}.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return index
-
-
-def training_dict(tensors):
-    """What Self-Forcing saves, with the names that FSDP and activation checkpointing leave."""
-
-    def wrap(k):
-        return "model._fsdp_wrapped_module." + k.replace(
-            "body.", "body._checkpoint_wrapped_module."
-        )
-
-    return {
-        "generator": {wrap(k): torch.zeros_like(v) for k, v in tensors.items()},
-        "generator_ema": {wrap(k): v for k, v in tensors.items()},
-        "step": 200,
-    }
-
-
 # ---------------------------------------------------------------------------- what loads
-
-
-def as_single(folder, t):
-    save_file(t, folder / "net.safetensors")
-    return folder / "net.safetensors"
-
-
-def as_folder(folder, t):
-    as_single(folder, t)
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
-def as_sharded_folder(folder, t):
-    write_shards(folder, t)
-    return folder
-
-
-def as_torch(folder, t, name="net.pt", **options):
-    torch.save(t, folder / name, **options)
-    return folder / name
 
 
 GOOD = {
@@ -172,242 +104,6 @@ def test_loading_in_place_keeps_the_parameters_of_an_optimizer(tmp_path):
     assert net.stem.weight is before
 
 
-# ---------------------------------------------------------------------------- what is refused
-
-
-class Exploit:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/worldgym_was_here",)
-
-
-def changed(folder, write=as_single, **changes):
-    tensors = weights()
-    for key, value in changes.items():
-        key = key.replace("__", ".")
-        if value is None:
-            del tensors[key]
-        else:
-            tensors[key] = value
-    return write(folder, tensors)
-
-
-def cut(path, keep):
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)])
-    return path
-
-
-def raw(folder, name, data):
-    (folder / name).write_bytes(data)
-    return folder / name
-
-
-def shards(folder, spoil):
-    index = write_shards(folder, weights())
-    spoil(folder / "model-b.safetensors")
-    return index
-
-
-def break_index(folder, change):
-    index = write_shards(folder, weights())
-    data = json.loads(index.read_text())
-    change(data["weight_map"], folder)
-    index.write_text(json.dumps(data))
-    return index
-
-
-def two_sets(folder):
-    as_single(folder, weights())
-    save_file(weights(), folder / "other.safetensors")
-    return folder
-
-
-def float8(folder):
-    return changed(folder, stem__weight=torch.zeros(4, 3).to(torch.float8_e4m3fn))
-
-
-NAN, INF = torch.full((4, 3), float("nan")), torch.full((4, 3), float("inf"))
-TWICE = {"a._orig_mod.b": torch.ones(1), "a.b": torch.ones(1)}
-BAD = {
-    "no file": (lambda d: d / "none.safetensors", CheckpointError, "none.safetensors"),
-    "no folder": (lambda d: d / "none", CheckpointError, "none"),
-    "empty folder": (lambda d: d, CheckpointError, "with none"),
-    "two sets in a folder": (two_sets, CheckpointError, "other.safetensors"),
-    "empty safetensors": (lambda d: raw(d, "a.safetensors", b""), CheckpointError, "0 bytes"),
-    "empty torch": (lambda d: raw(d, "a.pt", b""), CheckpointError, "0 bytes"),
-    "garbage safetensors": (
-        lambda d: raw(d, "a.safetensors", b"not safetensors at all"),
-        CheckpointError,
-        "22 bytes",
-    ),
-    "garbage torch": (lambda d: raw(d, "a.pt", b"\x01garbage"), CheckpointError, "8 bytes"),
-    "cut safetensors": (lambda d: cut(as_single(d, weights()), 0.6), CheckpointError, "cut off"),
-    "cut header": (lambda d: cut(as_single(d, weights()), 0.1), CheckpointError, "cut off"),
-    "cut torch": (lambda d: cut(as_torch(d, weights()), 0.6), CheckpointError, "cut off"),
-    "missing tensor": (
-        lambda d: changed(d, stem__weight=None),
-        CheckpointError,
-        "1 missing tensor",
-    ),
-    "extra tensor": (
-        lambda d: changed(d, more=torch.ones(2)),
-        CheckpointError,
-        "1 extra tensor (more)",
-    ),
-    "missing and extra": (
-        lambda d: changed(d, more=torch.ones(2), scale=None, count=None),
-        CheckpointError,
-        "2 missing tensors (count, scale) and 1 extra tensor (more)",
-    ),
-    "another model": (
-        lambda d: as_single(d, {"foo.weight": torch.ones(2)}),
-        CheckpointError,
-        "8 missing|foo",
-    ),
-    "wrong shape": (
-        lambda d: changed(d, stem__weight=torch.ones(3, 4)),
-        CheckpointError,
-        "[3, 4], not [4, 3]",
-    ),
-    "wrong rank": (lambda d: changed(d, scale=torch.ones(4, 1)), CheckpointError, "[4, 1]"),
-    "integer weights": (
-        lambda d: changed(d, stem__weight=torch.ones(4, 3, dtype=torch.int8)),
-        CheckpointError,
-        "int8, not float32",
-    ),
-    "float for integer": (
-        lambda d: changed(d, count=torch.tensor(1.0)),
-        CheckpointError,
-        "float32, not int64",
-    ),
-    "float8 weights": (float8, CheckpointError, "float8_e4m3fn"),
-    "complex weights": (
-        lambda d: changed(d, as_torch, stem__weight=torch.ones(4, 3, dtype=torch.complex64)),
-        CheckpointError,
-        "complex64",
-    ),
-    "NaN": (lambda d: changed(d, stem__weight=NAN), CheckpointError, "12 of 12 values"),
-    "inf": (lambda d: changed(d, as_torch, stem__weight=INF), CheckpointError, "stem.weight"),
-    "missing shard": (
-        lambda d: shards(d, Path.unlink),
-        CheckpointError,
-        "model-b.safetensors",
-    ),
-    "cut shard": (
-        lambda d: shards(d, lambda p: cut(p, 0.5)),
-        CheckpointError,
-        "model-b.safetensors",
-    ),
-    "tensor not in its shard": (
-        lambda d: break_index(d, lambda m, _: m.update(ghost="model-a.safetensors")),
-        CheckpointError,
-        "ghost",
-    ),
-    "tensor not in the index": (
-        lambda d: break_index(d, lambda m, _: m.pop("stem.weight")),
-        CheckpointError,
-        "stem.weight",
-    ),
-    "index leaves its folder": (
-        lambda d: break_index(d, lambda m, _: m.update(ghost="../x.safetensors")),
-        UnsafeFileError,
-        "../x.safetensors",
-    ),
-    "index names a pickle": (
-        lambda d: break_index(d, lambda m, _: m.update(ghost="x.bin")),
-        UnsafeFileError,
-        "x.bin",
-    ),
-    "index is not JSON": (
-        lambda d: raw(d, "m.safetensors.index.json", b"{"),
-        CheckpointError,
-        "JSONDecodeError",
-    ),
-    "index without a map": (
-        lambda d: raw(d, "m.safetensors.index.json", b"[1]"),
-        CheckpointError,
-        "weight_map",
-    ),
-    "index with an empty map": (
-        lambda d: raw(d, "m.safetensors.index.json", b'{"weight_map": {}}'),
-        CheckpointError,
-        "empty",
-    ),
-    "pickle runs code": (lambda d: as_torch(d, {"w": Exploit()}), UnsafeFileError, "system"),
-    "legacy pickle runs code": (
-        lambda d: as_torch(d, {"w": Exploit()}, _use_new_zipfile_serialization=False),
-        UnsafeFileError,
-        "system",
-    ),
-    "bare pickle runs code": (
-        lambda d: raw(d, "a.ckpt", pickle.dumps(Exploit())),
-        UnsafeFileError,
-        "system",
-    ),
-    "pickled module": (lambda d: as_torch(d, Net()), UnsafeFileError, "Net"),
-    "pickle file": (lambda d: raw(d, "a.pkl", pickle.dumps({"w": 1})), UnsafeFileError, "a.pkl"),
-    "unknown suffix": (lambda d: raw(d, "a.onnx", b"123"), UnsafeFileError, "a.onnx"),
-    "no state dict": (lambda d: as_torch(d, {"step": 3}), CheckpointError, "step"),
-    "only a number": (lambda d: as_torch(d, 3), CheckpointError, "int"),
-    "numbers among tensors": (
-        lambda d: as_torch(d, {**weights(), "step": 3}),
-        CheckpointError,
-        "dict of tensors",
-    ),
-    "same name twice": (lambda d: as_single(d, TWICE), CheckpointError, "a.b"),
-}
-
-
-@pytest.mark.parametrize(("write", "error", "words"), BAD.values(), ids=BAD.keys())
-def test_refuses_and_leaves_the_module_alone(tmp_path, write, error, words):
-    net, before = Net(), weights(5)
-    net.load_state_dict(before)
-    with pytest.raises(error) as caught:
-        load_into(net, write(tmp_path))
-    text = str(caught.value)
-    assert all(word in text for word in words.split("|")), text
-    assert caught.value.given and caught.value.expected and caught.value.fix
-    assert "expected" in text and "Fix:" in text
-    assert same(net, before)
-    assert not os.path.exists("/tmp/worldgym_was_here")
-    path = as_single(tmp_path, weights())  # still usable
-    assert same(load_into(net, path), weights())
-
-
-def test_other_refusals(tmp_path):
-    path = changed(tmp_path, stem__weight=torch.full((4, 3), 1e6))
-    with pytest.raises(CheckpointError, match="overflows.*1e\\+06 as float16.*bfloat16"):
-        load_into(Net(), path, dtype=torch.float16)
-    with pytest.raises(CheckpointError, match="no state dict at 'critic'"):
-        load_into(Net(), as_torch(tmp_path, training_dict(weights())), part="critic")
-    with pytest.raises(DTypeError, match="stem: dict"):
-        load_into(Net(), {"stem": {}})
-
-    class Lost(Net):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("table", torch.ones(3), persistent=False)
-
-    with torch.device("meta"):
-        net = Lost()
-    with pytest.raises(CheckpointError, match="table"):
-        load_into(net, path)
-    assert load_into(Lost(), path).table.sum() == 3
-
-
-def test_check_finite_can_be_off(tmp_path):
-    path = changed(tmp_path, stem__weight=NAN)
-    assert load_into(Net(), path, check_finite=False).stem.weight.isnan().all()
-
-
-def test_safe_globals_let_a_named_class_through(tmp_path):
-    path = as_torch(tmp_path, {"state_dict": weights(), "spec": torch.nn.ReLU()})
-    with pytest.raises(UnsafeFileError, match="ReLU"):
-        load_into(Net(), path)
-    allowed = [torch.nn.ReLU, OrderedDict, set]
-    assert same(load_into(Net(), path, safe_globals=allowed), weights())
-
-
 # ---------------------------------------------------------------------------- saving, telling
 
 
@@ -447,7 +143,7 @@ BAD_SAVES = [
     ("net.pt", {}, None, ConfigError, "net.safetensors"),
     ("net.safetensors", {}, {"a": torch.ones(1)}, ConfigError, "Tensor"),
     ("net.safetensors", {}, {"a": float("nan")}, ConfigError, "JSON"),
-    ("net.safetensors", {"a": NAN}, None, NotFiniteError, "12 of 12"),
+    ("net.safetensors", {"a": torch.tensor([1.0, float("nan")])}, None, NotFiniteError, "1 of 2"),
     ("net.safetensors", {"a": 3}, None, DTypeError, "int"),
     ("net.safetensors", {"a": torch.ones(1, device="meta")}, None, DTypeError, "meta device"),
 ]
@@ -470,8 +166,6 @@ def test_fingerprint_is_of_the_architecture():
     other["scale"] = torch.ones(5)
     assert fingerprint(other) != fingerprint(weights())
     lines = "a 2x3\nb "  # the exact recipe, so that others can reproduce it
-    import hashlib
-
     got = fingerprint({"b": torch.tensor(1.0), "a": torch.ones(2, 3)})
     assert got == hashlib.md5(lines.encode()).hexdigest()
 

@@ -69,9 +69,7 @@ def load_into(
                 expected="tensors by name",
                 fix="pass the inner state dict, e.g. loaded['generator']",
             )
-        entries: Mapping[str, Entry] = {
-            k: Entry(tuple(t.shape), t.dtype, lambda t=t: t) for k, t in source.items()
-        }
+        entries: Mapping[str, Entry] = {k: Entry.of(t) for k, t in source.items()}
         label = "the given state dict"
     else:
         file = open_weights(source, part=part, safe_globals=safe_globals)

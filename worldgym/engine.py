@@ -13,7 +13,7 @@ from torch import Tensor
 from worldgym.errors import ConfigError, DTypeError, NotFiniteError, ShapeError, StateError
 from worldgym.memory import PagePool, PageSpec, SinkWindow, Tables
 from worldgym.models.codec import Codec
-from worldgym.models.dynamics import Dynamics
+from worldgym.models.dynamics import Dynamics, before
 from worldgym.noise import PASSES, normal, uniform
 from worldgym.rollout import Block, CausalStepper, few_step
 from worldgym.schedule import FewStep
@@ -80,8 +80,9 @@ class World:
         self.pool = PagePool(
             PageSpec(layers=cfg.num_layers, heads=cfg.num_heads, head_dim=cfg.head_dim,
                      tokens=tokens), self.device, max_pages=max_pages)
-        self.stepper = CausalStepper(dynamics.dit, self.pool, policy)
-        self.history = max(outcome.frames if outcome else 1, spec.context_frames)
+        self.stepper = CausalStepper(dynamics.network, self.pool, policy)
+        self.history = max(outcome.frames if outcome else 1, spec.context_frames,
+                           dynamics.cfg.recent + 1)
 
     # -- frames ------------------------------------------------------------------------------
 
@@ -118,8 +119,11 @@ class World:
         if k > 1:
             index = np.arange(k - 1)[None] - (k - starts.length_B)[:, None]
             index = np.where(index >= 0, index, -1)
-            block = Block(index, self._given(features[:, :-1]))
-            tables = self.stepper.prefill(latents[:, :-1].transpose(1, 2), self.context_t, block)
+            there = torch.from_numpy(index >= 0).to(latents)[:, None, :, None, None]
+            past = latents[:, :-1].transpose(1, 2) * there
+            block = Block(index, {"cond_BFD": self._condition(features[:, :-1]),
+                                  "recent_BRFhw": before(past, self.dynamics.cfg.recent)})
+            tables = self.stepper.prefill(past, self.context_t, block)
         # before the start there is nothing: the oldest real frame stands in for what heads read
         reach = np.maximum(np.arange(k - self.history, k)[None], (k - starts.length_B)[:, None])
         rows = torch.arange(b, device=self.device)[:, None]
@@ -202,14 +206,26 @@ class World:
 
         pending, cond = self._condition(state.pending_BA[:, None]), self._condition(
             action_BA[:, None])
+        recent = self._recent(state)
         last = Block(state.index_B[:, None])
-        new = Block(state.index_B[:, None] + 1, {"cond_BFD": cond})
+        new = Block(state.index_B[:, None] + 1,
+                    {"cond_BFD": cond, "recent_BRFhw": recent[:, :, 1:]})
         x = noise(0)
         tables, flow, attend = self.stepper.commit_and_flow(
             state.tables, state.latents_BCHW[:, :, None], self.context_t, last,
-            x, self.schedule.timesteps[0], new, {"cond_BFD": torch.cat([pending, cond], 1)})
+            x, self.schedule.timesteps[0], new,
+            {"cond_BFD": torch.cat([pending, cond], 1), "recent_BRFhw": recent})
         x0 = few_step(self.stepper, x, self.schedule, noise, attend, new, flow)
         return x0[:, :, 0], tables
+
+    def _recent(self, state: WorldState) -> Tensor:
+        """The frames before the current and before the next frame, (B, R, 2, h, w)."""
+        count = self.dynamics.cfg.recent
+        age = np.arange(count + 1)[::-1]
+        there = torch.from_numpy(age[None] < state.lengths_B[:, None]).to(state.history_BKChw)
+        newest = state.history_BKChw[:, -count - 1:] * there[:, :, None, None, None]
+        padded = torch.nn.functional.pad(newest.transpose(1, 2), (0, 0, 0, 0, 0, 1))
+        return before(padded, count)[:, :, -2:]
 
     def _outcome(self, state: WorldState, action_BA: Tensor) -> tuple[Tensor, Tensor]:
         if self.outcome is None:
@@ -228,9 +244,6 @@ class World:
         rows = features_BFA.flatten(0, 1)
         rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, 4 - len(rows))))
         return self.dynamics.condition(rows)[:b * f].unflatten(0, (b, f))
-
-    def _given(self, features_BFA: Tensor) -> dict:
-        return {"cond_BFD": self._condition(features_BFA)}
 
     def _check_starts(self, starts: Starts) -> tuple[Tensor, Tensor]:
         latents = starts.latents_BKChw

@@ -52,6 +52,11 @@ class Entry:
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Entry:
+        """Entry of a tensor that is in memory already."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
 
 @dataclass(frozen=True)
 class WeightFile:
@@ -265,7 +270,7 @@ def _open_torch(path: Path, part: str | None, safe_globals: Sequence[Any]) -> We
             fix="copy or download it again; the copy may have been cut off",
         ) from error
     tensors, taken, parts = unwrap(loaded, part, path)
-    entries = {n: Entry(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}
+    entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}
     return WeightFile(path, "torch", (path,), entries, {}, taken, parts)
 
 
@@ -290,7 +295,8 @@ def _foreign_names(path: Path) -> list[str]:
     except (ValueError, OSError, zipfile.BadZipFile, EOFError):
         pass  # the pickle ends or breaks here; what was seen before counts
     ours = ("torch.", "collections.OrderedDict")
-    return sorted({n for n in names if not n.startswith(ours) or n.startswith("torch.nn.")})
+    foreign = {n for n in names if not n.startswith(ours) or n.startswith("torch.nn.")}
+    return sorted(foreign, key=lambda n: (n.startswith("torch."), n))
 
 
 def _names_in_pickle(stream: Any) -> Iterator[str]:

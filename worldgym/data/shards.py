@@ -18,7 +18,9 @@ Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
 INFO_KINDS = "biuf"
 
 
-def layout_of(action: ActionSpec, frame_hw: tuple[int, int], info: Mapping[str, Sequence]) -> Layout:
+def layout_of(
+    action: ActionSpec, frame_hw: tuple[int, int], info: Mapping[str, Sequence]
+) -> Layout:
     """Dtype and row shape of every field; ``info`` maps ``info_*`` names to (dtype, shape)."""
     table: Layout = {
         "frames": (np.dtype(np.uint8), (*frame_hw, 3)),
@@ -52,7 +54,8 @@ def check_flags(terminated: np.ndarray, truncated: np.ndarray, rewards: np.ndarr
             )
     if not np.isfinite(rewards).all():
         raise DatasetError(
-            "reward is not finite", given=f"{label}, row {np.flatnonzero(~np.isfinite(rewards))[0]}",
+            "reward is not finite",
+            given=f"{label}, row {np.flatnonzero(~np.isfinite(rewards))[0]}",
             expected="finite numbers", fix="look at the environment's reward",
         )
     if actions[0].any() or rewards[0] != 0:
@@ -127,7 +130,8 @@ def _open_field(path: Path, rows: int, dtype: np.dtype, shape: tuple[int, ...]) 
     where = f"{path.parent.name}/{path.name}"
     if not path.is_file():
         raise DatasetError(
-            "a file of the data set is missing", given=str(path), expected=f"{rows} rows of {dtype}",
+            "a file of the data set is missing", given=str(path),
+            expected=f"{rows} rows of {dtype}",
             fix="copy the whole folder again, or record again",
         )
     size = path.stat().st_size

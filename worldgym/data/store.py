@@ -49,7 +49,7 @@ class Episodes:
     ...            rewards=np.float32([0, 1, 1]), terminated=np.array([False, False, True]),
     ...            truncated=np.zeros(3, bool), seed=7, policy="random")
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     store = Episodes.create(f"{folder}/d", ActionSpec.discrete(2), (4, 4), 10.0, {"id": "x"})
+    ...     store = Episodes.create(f"{folder}/d", ActionSpec.discrete(2), (4, 4), 10.0, {})
     ...     ids = store.append([row, row])
     ...     print(len(store), store.steps, store.rows, store.take("rewards", [5, 0]).tolist())
     2 4 6 [1.0, 0.0]
@@ -169,7 +169,7 @@ class Episodes:
         for shard, (lo, hi) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
             if hi > lo:
                 out[order[lo:hi]] = self._shards[shard][field][ordered[lo:hi] - self._first[shard]]
-        return out.reshape(*wanted.shape, *shape)
+        return out.reshape((*wanted.shape, *shape))
 
     def split(self, holdout: float = 0.05, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Episode numbers (train, held out), ascending.
@@ -233,7 +233,7 @@ class Episodes:
     append_episodes = append
 
     def verify(self) -> None:
-        """Read everything but the frames and refuse flags, rewards or actions that make no sense."""
+        """Read everything but the frames and refuse flags, rewards or actions without sense."""
         for i in range(len(self)):
             data = self.episode(i)
             keys = ("terminated", "truncated", "rewards", "actions")
@@ -300,7 +300,8 @@ def _parse_head(index: dict, path: Path) -> tuple[ActionSpec, tuple[int, int], f
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, DatasetError):
             raise
-        reason = str(error) if isinstance(error, WorldGymError) else f"{type(error).__name__}: {error}"
+        named = isinstance(error, WorldGymError)
+        reason = str(error) if named else f"{type(error).__name__}: {error}"
         raise DatasetError(
             "the description of the data set is inconsistent", given=f"{path}: {reason}",
             expected="env (JSON data), action, frame_hw [H, W] >= 1, fps > 0, shards",

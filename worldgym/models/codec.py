@@ -19,9 +19,10 @@ class CodecConfig:
     """Sizes of the autoencoder; ``frame_hw`` must be divisible by 8."""
 
     frame_hw: tuple[int, int] = (48, 80)
-    channels: int = 16
+    channels: int = 8
     width: int = 48
     deep_width: int = 96
+    noise: float = 0.3  # of raw latents while training: only what survives it is worth encoding
 
     @property
     def latent_chw(self) -> tuple[int, int, int]:
@@ -75,9 +76,9 @@ class Codec(nn.Module):
         self.register_buffer("std", torch.ones(cfg.channels))
 
     def forward(self, pixels_BCHW: Tensor, noise_BChw: Tensor) -> tuple[Tensor, Tensor]:
-        """(reconstruction, raw latents); a little noise makes the decoder forgiving."""
+        """(reconstruction, raw latents); noise bounds what latents can carry."""
         z = self.raw(pixels_BCHW)
-        return self.decoder(z + 0.05 * noise_BChw), z
+        return self.decoder(z + self.cfg.noise * noise_BChw), z
 
     def raw(self, pixels_BCHW: Tensor) -> Tensor:
         """Latents before normalisation, of pixels in [-1, 1]."""

@@ -3,7 +3,7 @@
 Shapes: B slot, F latent frame, C channel, h w latent grid, A action features, D width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,16 @@ from worldgym.models.wan import WanConfig, WanDiT, block_ids, masked, teacher_fo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DynamicsConfig:
-    """``window``: frames a step can see, itself included; ``action_features``: width A."""
+    """``window``: frames a step can see, itself included; ``action_features``: width A.
+
+    ``recent``: how many of the frames before it are laid beside each frame as further input
+    channels (as Wan's image-to-video models do with their given frame): motion is then local.
+    """
 
     action_features: int
-    window: int = 9
-    wan: WanConfig = field(
-        default_factory=lambda: WanConfig(
-            dim=128, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_len=0)
-    )
+    window: int
+    recent: int
+    wan: WanConfig
 
 
 class Dynamics(nn.Module):
@@ -42,6 +44,13 @@ class Dynamics(nn.Module):
         """Per-frame conditioning (B, F, D) of action features."""
         return self.action_embedding(actions_BFA)
 
+    def network(self, x_BCFhw: Tensor, t_BF: Tensor, *, recent_BRFhw: Tensor | None = None,
+                **given) -> Tensor:
+        """The DiT on frames and, beside each, the frames before it (``recent_BRFhw``, R = recent * C)."""
+        if recent_BRFhw is not None:
+            x_BCFhw = torch.cat([x_BCFhw, recent_BRFhw], 1)
+        return self.dit(x_BCFhw, t_BF, **given)
+
     def forward(self, clean_BFChw: Tensor, actions_BFA: Tensor, sigma_BF: Tensor,
                 noise_BFChw: Tensor, context_sigma_BF: Tensor,
                 context_noise_BFChw: Tensor) -> Tensor:
@@ -54,18 +63,30 @@ class Dynamics(nn.Module):
             return (1 - s) * x + s * eps
 
         frames = clean_BFChw.shape[1]
-        x = torch.cat([mix(clean_BFChw, context_noise_BFChw, context_sigma_BF),
-                       mix(clean_BFChw, noise_BFChw, sigma_BF)], dim=1)
+        context = mix(clean_BFChw, context_noise_BFChw, context_sigma_BF)
+        x = torch.cat([context, mix(clean_BFChw, noise_BFChw, sigma_BF)], dim=1)
+        recent = before(context.transpose(1, 2), self.cfg.recent)
         t = 1000 * torch.cat([context_sigma_BF, sigma_BF], dim=1)
         mask = teacher_forcing_frame_mask(block_ids(frames, 1), self.cfg.window)
         patch = self.cfg.wan.patch_size
         tokens = (x.shape[-2] // patch[1]) * (x.shape[-1] // patch[2])
-        flow = self.dit(
-            x.transpose(1, 2), t, attend=masked(mask, tokens),
+        flow = self.network(
+            x.transpose(1, 2), t, recent_BRFhw=recent.repeat(1, 1, 2, 1, 1), attend=masked(mask, tokens),
             frame_index_BF=torch.arange(frames, device=x.device).repeat(2),
             cond_BFD=self.condition(actions_BFA).repeat(1, 2, 1),
         )
         return flow.transpose(1, 2)[:, frames:]
+
+
+def before(x_BCFhw: Tensor, count: int) -> Tensor:
+    """The ``count`` frames before each frame as channels (B, count * C, F, h, w), newest first.
+
+    Frames before the first are zeros.
+    """
+    frames = x_BCFhw.shape[2]
+    padded = torch.cat([torch.zeros_like(x_BCFhw[:, :, :1]).expand(-1, -1, count, -1, -1),
+                        x_BCFhw], 2)
+    return torch.cat([padded[:, :, count - i:count - i + frames] for i in range(1, count + 1)], 1)
 
 
 def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor, mean_Chw: Tensor,

@@ -29,6 +29,14 @@ from worldgym.spec import WorldSpec
 WEIGHTS, CARD = "world.safetensors", "world.json"
 
 
+def dit_config(channels: int, recent: int, width: int = 128, layers: int = 6,
+               head: int = 32) -> WanConfig:
+    """A small text-free DiT for ``channels`` latent channels and ``recent`` frames beside each."""
+    return WanConfig(dim=width, ffn_dim=4 * width, num_heads=width // head, num_layers=layers,
+                     in_dim=channels * (1 + recent), out_dim=channels, freq_dim=width // 2,
+                     text_len=0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NanoConfig:
     """Everything that fixes a nano world but its weights.
@@ -41,9 +49,8 @@ class NanoConfig:
     action: ActionSpec
     fps: float = 8.75
     codec: CodecConfig = field(default_factory=CodecConfig)
-    wan: WanConfig = field(
-        default_factory=lambda: WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6,
-                                          freq_dim=64, text_len=0))
+    wan: WanConfig = field(default_factory=lambda: dit_config(8, 2))
+    recent: int = 2
     window: int = 9
     sink: int = 0
     steps: tuple[float, ...] = (1000.0, 500.0)
@@ -82,9 +89,6 @@ class NanoConfig:
                          context_frames=self.window - 1)
 
 
-TINY_WAN = WanConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16, in_dim=4,
-                     out_dim=4, text_len=0)
-
 
 class Nano(nn.Module):
     """The three trainable parts of a nano world."""
@@ -93,13 +97,17 @@ class Nano(nn.Module):
         super().__init__()
         self.cfg = cfg
         channels = cfg.codec.channels
-        if cfg.wan.in_dim != channels or cfg.wan.out_dim != channels:
+        wide = channels * (1 + cfg.recent)
+        if (cfg.wan.in_dim, cfg.wan.out_dim) != (wide, channels):
             raise ConfigError("codec and dynamics do not fit",
-                              given=f"{channels} latent channels, in_dim {cfg.wan.in_dim}",
-                              expected="in_dim = out_dim = codec channels", fix="change wan.in_dim")
+                              given=f"in_dim {cfg.wan.in_dim}, out_dim {cfg.wan.out_dim}",
+                              expected=f"in_dim {wide} = {channels} channels * (1 + "
+                              f"{cfg.recent} recent frames), out_dim {channels}",
+                              fix="build the sizes with nano.dit_config")
         self.codec = Codec(cfg.codec)
         self.dynamics = Dynamics(DynamicsConfig(
-            action_features=cfg.action.features, window=cfg.window, wan=cfg.wan))
+            action_features=cfg.action.features, window=cfg.window, recent=cfg.recent,
+            wan=cfg.wan))
         self.outcome = Outcome(OutcomeConfig(
             latent_chw=cfg.codec.latent_chw, action_features=cfg.action.features,
             frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members))
@@ -147,7 +155,7 @@ def tiny(seed: int = 0, action: ActionSpec | None = None, lively: bool = True,
     cfg = NanoConfig(
         name="tiny", action=action or ActionSpec.discrete(3),
         codec=CodecConfig(frame_hw=(32, 32), channels=4, width=8, deep_width=16),
-        wan=TINY_WAN, window=5, outcome_frames=2, outcome_width=8)
+        wan=dit_config(4, 2, 32, 2, 16), window=5, outcome_frames=2, outcome_width=8)
     nano = fresh(replace(cfg, **changes), seed)
     if lively:
         generator = torch.Generator().manual_seed(seed + 1)

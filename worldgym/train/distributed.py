@@ -68,27 +68,28 @@ class Group:
             return get_model_state_dict(module, options=options)
         return module.state_dict()
 
-    def full(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    def full(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict:
         """Whole state of model and optimiser, for a checkpoint."""
         if self.size > 1 and self.shard:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            model, optim = get_state_dict(module, optimizer, options=options)
+            model, optim = get_state_dict(module, optimizers, options=options)
             return {"model": model, "optimizer": optim}
-        return {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
+        return {"model": module.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
 
-    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    def load(self, module: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
         """Inverse of ``full``."""
         if self.size > 1 and self.shard:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-            set_state_dict(module, optimizer, model_state_dict=state["model"],
+            set_state_dict(module, optimizers, model_state_dict=state["model"],
                            optim_state_dict=state["optimizer"],
                            options=StateDictOptions(full_state_dict=True))
             return
         module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, values in zip(optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(values)
 
     def load_model(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Put whole tensors into a module, sharded or not."""

@@ -25,7 +25,6 @@ from worldgym.models.codec import CodecConfig, codec_loss, to_pixels
 from worldgym.models.dynamics import dynamics_loss
 from worldgym.models.nano import Nano, NanoConfig
 from worldgym.models.outcome import outcome_loss
-from worldgym.models.wan import WanConfig
 from worldgym.train.distributed import Group
 from worldgym.train.loop import Loop, LoopConfig
 from worldgym.train.metrics import measure
@@ -94,11 +93,11 @@ class Fit:
         cfg, data = self.cfg, self.episodes
         if cfg.init:
             return nano.load_nano(cfg.init)
-        wan = WanConfig(dim=cfg.width, ffn_dim=4 * cfg.width, num_heads=max(1, cfg.width // 32),
-                        num_layers=cfg.layers, freq_dim=64, text_len=0)
+        codec = CodecConfig(frame_hw=tuple(data.frame_hw))
+        wan = nano.dit_config(codec.channels, 2, cfg.width, cfg.layers)
         config = NanoConfig(
             name=cfg.name or Path(cfg.out).name, action=data.action, fps=data.fps, wan=wan,
-            codec=CodecConfig(frame_hw=tuple(data.frame_hw)), window=cfg.window, steps=cfg.steps)
+            codec=codec, window=cfg.window, steps=cfg.steps)
         return nano.fresh(config, cfg.seed)
 
     def run(self) -> Path:
@@ -204,7 +203,8 @@ class Fit:
             return dynamics_loss(model, latents, actions, mean, ones, generator,
                                  (group.rank, group.size))
 
-        loop = self._loop("dynamics", iterations, lr=cfg.dynamics_lr, decay=0.25, warmup=200)
+        loop = self._loop("dynamics", iterations, lr=cfg.dynamics_lr, decay=0.3,
+                          warmup=200, weight_decay=0.02, muon=True, ema=0.995)
         loop.run(sampler, loss, cfg.tensorboard)
         self._finish(loop)
 

@@ -1,0 +1,64 @@
+"""The ``worldgym`` command: one subcommand per dataclass of ``worldgym.agents.commands``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from worldgym.errors import CommandError, WorldGymError
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's thread pool collapses on a shared box
+BOX = re.compile("[\u2500-\u257f]+")
+
+
+def parse(argv: Sequence[str] | None = None) -> object:
+    """The command that ``argv`` names, as an object with ``run()``.
+
+    Raises:
+        CommandError: the arguments make no sense; help and version leave through SystemExit.
+    """
+    try:
+        import tyro
+    except ImportError as error:
+        raise CommandError("the worldgym command needs tyro", given=str(error), expected="tyro",
+                           fix="pip install 'worldgym[rl]'") from error
+    from worldgym.agents import commands
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands.COMMANDS, prog="worldgym", description=commands.DESCRIPTION,
+                args=list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    text = " ".join(BOX.sub(" ", said.getvalue()).split())
+    text = re.sub(r"For full helptext,? .*$", "", text).strip() or "unreadable arguments"
+    raise CommandError("the command line makes no sense", given=text,
+                       expected=f"worldgym {{{','.join(commands.COMMANDS)}}} with its options",
+                       fix="worldgym COMMAND --help shows every option")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a named error becomes one paragraph and exit code 2."""
+    try:
+        command = parse(argv)
+        command.run()  # type: ignore[attr-defined]
+        return 0
+    except WorldGymError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from its last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

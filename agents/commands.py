@@ -1,0 +1,370 @@
+"""The subcommands of ``worldgym`` as dataclasses; heavy imports happen inside ``run``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from worldgym.errors import ConfigError
+
+DESCRIPTION = "Learned video world models as ordinary reinforcement-learning environments."
+TAKE_COVER = "worldgym/TakeCover-v0"
+POLICY_HELP = "random, noop, constant:1, sticky:0.2, sweep:20, dodger, agent.zip or module:function"
+
+
+@dataclass(kw_only=True)
+class Collect:
+    """Record episodes of a real game.
+
+    Args:
+        out: data folder; further recordings are added to it.
+        env: world id (its real game is recorded) or any Gymnasium id with image observations.
+        steps: steps to record, all episodes together.
+        policy: who plays, one episode each in turn.
+        seed: seed of the first episode.
+        frame_hw: height and width to resize frames to (worlds of their own game: set already).
+        games: how many run in lockstep.
+        world: world folder; needed only if a policy was trained on latents.
+    """
+
+    out: Path
+    env: str = TAKE_COVER
+    steps: int = 20_000
+    policy: tuple[str, ...] = ("random", "sticky:0.2")
+    seed: int = 0
+    frame_hw: tuple[int, int] | None = None
+    games: int = 4
+    world: str | None = None
+
+    def run(self) -> None:
+        """Record."""
+        from worldgym.agents.games import record
+
+        done = record(self.env, self.out, self.steps, self.policy, seed=self.seed,
+                      frame_hw=self.frame_hw, games=self.games, world=self.world)
+        print(f"{self.out} holds {len(done)} episodes, {done.steps} steps")
+
+
+@dataclass(kw_only=True)
+class Fit:
+    """Train a world model on recorded episodes; run it again to go on after an interruption.
+
+    Args:
+        data: folder that ``worldgym collect`` wrote.
+        out: world folder to make.
+        init: world folder to start from; its codec stays.
+        name: name of the world.
+        codec_iterations: length of the codec's training.
+        dynamics_iterations: length of the dynamics' training.
+        outcome_iterations: length of the training of the reward and end heads.
+        batch: clips per iteration.
+        clip: frames per clip.
+        width: model width.
+        layers: blocks of the network.
+        window: frames the model sees.
+        quick: fifty iterations of each part, to try the machinery.
+        seed: seed of data order, noise and first weights.
+        device: cpu or cuda.
+        shard: shard the network over processes under torchrun.
+    """
+
+    data: str
+    out: str
+    init: str | None = None
+    name: str | None = None
+    codec_iterations: int | None = None
+    dynamics_iterations: int | None = None
+    outcome_iterations: int | None = None
+    batch: int | None = None
+    clip: int | None = None
+    width: int | None = None
+    layers: int | None = None
+    window: int | None = None
+    quick: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    shard: bool = False
+
+    def run(self) -> None:
+        """Fit."""
+        from worldgym.train.fit import FitConfig, fit
+
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        folder = fit(FitConfig(**{k: v for k, v in given.items() if v is not None}))
+        print(f"world written to {folder}")
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train an agent inside a dream; run it again to go on after an interruption.
+
+    Args:
+        out: run folder: agent.zip, checkpoints, run.json, log.
+        world: world id or folder.
+        algorithm: any class of stable-baselines3 or sb3-contrib.
+        steps: dream steps, all slots together.
+        minutes: stop earlier, after this time.
+        envs: dreams in parallel.
+        seed: seed of agent and dreams.
+        observation: latent (fast) or frame.
+        frame_stack: observations side by side.
+        horizon: steps after which a dream is cut; default: the world's.
+        distrust: cut a dream when fork spread exceeds this.
+        penalty: reward taken off per unit of fork spread.
+        save_every: steps between checkpoints.
+        set: hyperparameters of the algorithm, as name=value.
+        real: train in the real game instead, for comparison.
+    """
+
+    out: Path
+    world: str = TAKE_COVER
+    algorithm: str = "PPO"
+    steps: int = 1_000_000
+    minutes: float | None = None
+    envs: int = 64
+    seed: int = 0
+    observation: str = "latent"
+    frame_stack: int = 4
+    horizon: int | None = None
+    distrust: float | None = None
+    penalty: float = 0.0
+    save_every: int = 50_000
+    set: tuple[str, ...] = ()
+    real: bool = False
+
+    def run(self) -> None:
+        """Train."""
+        from worldgym.agents import train
+        from worldgym.agents.games import game_maker
+        from worldgym.envs.tasks import load_task
+
+        config = train.TrainConfig(
+            algorithm=self.algorithm, steps=self.steps, minutes=self.minutes, envs=self.envs,
+            seed=self.seed, observation=self.observation, frame_stack=self.frame_stack,
+            save_every=self.save_every, hyperparameters=settings(self.set))
+        changes: dict[str, Any] = {"distrust": self.distrust, "penalty": self.penalty}
+        if self.horizon is not None:
+            changes["horizon"] = self.horizon
+        task = load_task(self.world, **changes)
+        if self.real:
+            spec = task.world.spec
+            done = train.train_in_game(game_maker(task), spec.action, spec.frame_hw, config,
+                                       self.out, name=str(task.twin), world=task.world)
+        else:
+            done = train.train_in_dream(task, config, self.out)
+        print(f"{done.steps} steps in {done.seconds:.0f} s; agent written to {done.agent}")
+
+
+@dataclass(kw_only=True)
+class Score:
+    """Score policies in the real game and in the dream, side by side.
+
+    Args:
+        policy: name=policy or policy, one or more.
+        world: world id or folder.
+        episodes: episodes each.
+        seed: first seed; scoring seeds start at 1,000,000, recordings use smaller ones.
+        games: real games in lockstep.
+        where: both, real or dream.
+        out: results file to write or add to.
+        draw: draw actions from the policy instead of taking the most probable one.
+    """
+
+    policy: tuple[str, ...] = ("random", "noop", "sweep:20", "dodger")
+    world: str = TAKE_COVER
+    episodes: int = 20
+    seed: int = 1_000_000
+    games: int = 8
+    where: str = "both"
+    out: Path | None = None
+    draw: bool = False
+
+    def run(self) -> None:
+        """Score."""
+        from worldgym.agents import results
+        from worldgym.agents.compare import score_all, text_table
+        from worldgym.envs.tasks import load_task
+
+        places = {"both": ("real", "dream"), "real": ("real",), "dream": ("dream",)}
+        if self.where not in places:
+            raise ConfigError("unknown place to score in", given=self.where,
+                              expected="both, real or dream", fix="leave --where out")
+        task = load_task(self.world)
+        scores = score_all(task, named(self.policy), self.episodes, seed=self.seed,
+                           games=self.games, where=places[self.where], draw=self.draw)
+        print(text_table(scores))
+        if self.out is not None:
+            unit = "tics" if task.twin == "VizdoomTakeCover-v1" else ""
+            rows = [p.row(name, unit) for name, at in scores.items() for p in at.values()]
+            print("written:", results.write(self.out, rows))
+
+
+@dataclass(kw_only=True)
+class Video:
+    """Film dream and real game side by side.
+
+    Args:
+        out: mp4 file.
+        world: world id or folder.
+        policy: who plays.
+        mode: same-actions, agents, real or dream.
+        seed: seed of the episode.
+        steps: length at most.
+        context: real frames the dream is shown first (same-actions).
+    """
+
+    out: Path = Path("runs/video.mp4")
+    world: str = TAKE_COVER
+    policy: str = "sweep:20"
+    mode: str = "same-actions"
+    seed: int = 7
+    steps: int = 200
+    context: int = 4
+
+    def run(self) -> None:
+        """Film."""
+        from worldgym.agents.games import game_maker
+        from worldgym.agents.scripted import parse_policy
+        from worldgym.agents.video import side_by_side
+        from worldgym.envs.tasks import load_task
+
+        task = load_task(self.world)
+        policy = parse_policy(self.policy, task.world.spec.action, task.world)
+        print("written:", side_by_side(task, game_maker(task), policy, self.out, seed=self.seed,
+                                       steps=self.steps, context=self.context, mode=self.mode))
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """Measure speed, constancy of cost, memory and overhead of a world.
+
+    Args:
+        world: world id or folder.
+        out: results file to write; nothing is written without it.
+        slots: dreams in parallel.
+        seconds: time per speed measurement.
+        long: steps of the constancy measurement.
+    """
+
+    world: str = TAKE_COVER
+    out: Path | None = None
+    slots: int = 64
+    seconds: float = 10.0
+    long: int = 2000
+
+    def run(self) -> None:
+        """Measure."""
+        from worldgym.agents.bench import bench
+
+        bench(self.world, self.out, slots=self.slots, seconds=self.seconds, long=self.long)
+
+
+@dataclass(kw_only=True)
+class Inspect:
+    """Say what is in a checkpoint, a world folder, an agent zip or a results file.
+
+    Args:
+        path: the file or folder.
+    """
+
+    path: Path
+
+    def run(self) -> None:
+        """Inspect."""
+        from worldgym.agents.inspect import describe
+
+        print(describe(self.path))
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """Train an agent in the dream from scratch, and see what it is worth in the real game.
+
+    Args:
+        out: folder for results; default: runs/demo-DATE.
+        world: world id or folder.
+        minutes: training time.
+        episodes: scoring episodes per policy.
+        quick: seconds of training and three episodes, to try the machinery.
+        seed: seed of everything.
+    """
+
+    out: Path | None = None
+    world: str = TAKE_COVER
+    minutes: float = 6.0
+    episodes: int = 20
+    quick: bool = False
+    seed: int = 0
+
+    def run(self) -> None:
+        """Run the demo."""
+        from worldgym.agents.demo import demo
+
+        demo(self.world, self.out, minutes=self.minutes, episodes=self.episodes, quick=self.quick,
+             seed=self.seed)
+
+
+@dataclass(kw_only=True)
+class Iterate:
+    """Collect with the agent, refit the world, train again; every real step is counted.
+
+    Args:
+        world: world id or folder to begin with.
+        data: the recordings it was fitted to; new ones are added.
+        out: folder for worlds and agents of every round.
+        rounds: how often.
+        real_steps: real steps recorded per round.
+        steps: dream steps of training per round.
+        fit: settings of ``worldgym fit`` as name=value.
+        seed: seed of everything.
+    """
+
+    data: Path
+    out: Path
+    world: str = TAKE_COVER
+    rounds: int = 1
+    real_steps: int = 20_000
+    steps: int = 500_000
+    fit: tuple[str, ...] = field(default_factory=tuple)
+    seed: int = 0
+
+    def run(self) -> None:
+        """Iterate."""
+        from worldgym.agents.iterate import from_command
+
+        from_command(self, settings(self.fit))
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
+    "inspect": Inspect, "demo": Demo, "iterate": Iterate,
+}
+
+
+def settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """``("gamma=0.99", "n_steps=32")`` as a dict of Python values.
+
+    >>> settings(("gamma=0.99", "n_steps=32"))
+    {'gamma': 0.99, 'n_steps': 32}
+    """
+    import ast
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError("a setting cannot be read", given=pair, expected="name=value",
+                              fix="write for instance gamma=0.99")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
+def named(policies: tuple[str, ...]) -> dict[str, str]:
+    """``("random", "best=sweep:20")`` as name -> policy."""
+    pairs = [p.partition("=") for p in policies]
+    return {head: tail if equals else head for head, equals, tail in pairs}
