@@ -125,8 +125,12 @@ def emphasis(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
 
 
 def cell_weight(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
-    """The same for latent cells (B, h, w): 0.3 plus four times the mean square over 8x8 pixels."""
-    return 0.3 + 4 * F.avg_pool2d(emphasis(pixels_BCHW, median_CHW) ** 2, 8)[:, 0]
+    """The same for latent cells (B, h, w): 0.3 + 4 times the mean square over 8x8 pixels, at most 1.5.
+
+    Without the bound the few frames full of an explosion outweigh all others.
+    """
+    near = F.avg_pool2d(emphasis(pixels_BCHW, median_CHW) ** 2, 8)[:, 0]
+    return (0.3 + 4 * near).clamp(max=1.5)
 
 
 def codec_loss(model: nn.Module, pixels_BCHW: Tensor, median_CHW: Tensor, noise_BChw: Tensor) -> tuple[Tensor, Tensor]:

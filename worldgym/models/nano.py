@@ -51,7 +51,7 @@ class NanoConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     wan: WanConfig = field(default_factory=lambda: dit_config(8, 3))
     recent: int = 3
-    window: int = 9
+    window: int = 6
     sink: int = 0
     steps: tuple[float, ...] = (1000.0, 500.0)
     context_noise: float = 0.0

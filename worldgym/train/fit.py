@@ -49,10 +49,10 @@ class FitConfig:
     alone_share: float = 0.4  # of the dynamics iterations: recent frames only, three times faster
     outcome_iterations: int = 3000
     batch: int = 24
-    clip: int = 10
+    clip: int = 8
     width: int = 128
     layers: int = 6
-    window: int = 9
+    window: int = 6
     steps: tuple[float, ...] = (1000.0, 500.0)
     dynamics_lr: float = 1e-3
     outcome_noise: float = 0.15
