@@ -20,7 +20,7 @@ from worldgym.envs.conformance import (
     demand,
     difference,
     frozen,
-    guarding,
+    looks_safe,
     other_generators,
     refuses,
     rollout,
@@ -71,16 +71,17 @@ class Suite:
         self.factory = None if isinstance(source, gymnasium.Env) else source
         self.env = source if self.factory is None else source()
         self.steps, self.spawn = steps, other_process
+        self._seen: list[Any] | None = None
         self.actions = sample_actions(self.env.action_space, steps)
 
     def run(self) -> Report:
         """All checks, the ones with precise names first."""
         return run_checks({
             "reset-needed": self.reset_needed, "types": self.types, "metadata": self.metadata,
-            "seeds": self.seeds, "global-rng": self.global_rng, "aliasing": self.aliasing,
-            "start-frame": self.start_frame, "end-frame": self.end_frame,
-            "truncation": self.truncation, "uncertainty": self.uncertainty, "state": self.state,
-            "fork": self.fork, "safe-loading": self.safe_loading,
+            "global-rng": self.global_rng, "seeds": self.seeds, "aliasing": self.aliasing,
+            "start-frame": self.start_frame, "end-frame": self.end_frame, "state": self.state,
+            "truncation": self.truncation, "uncertainty": self.uncertainty, "fork": self.fork,
+            "safe-loading": self.safe_loading,
             "other-process": self.another_process, "refusal": self.refusal, "render": self.render,
             "gymnasium": self.gymnasium, "sb3": self.sb3, "closed": self.closed,
         }, Report())
@@ -115,11 +116,9 @@ class Suite:
         """Declared spaces and exact Python types."""
         env = self.env
         result = env.reset(seed=0)
-        demand("types", isinstance(result, tuple) and len(result) == 2,
-               "reset must return (observation, info)", type(result).__name__)
-        demand("types", isinstance(result[1], dict), "info is not a dict", type(result[1]))
-        for result in [result, *self.transitions()]:
-            obs = result[0]
+        demand("types", isinstance(result, tuple) and len(result) == 2 and type(result[1]) is dict,
+               "reset must return (observation, info dict)", type(result).__name__)
+        for obs, *_ in [result, *self.transitions()]:
             demand("types", isinstance(obs, np.ndarray) and obs in env.observation_space,
                    "the observation is outside its space",
                    f"{getattr(obs, 'dtype', type(obs))} {getattr(obs, 'shape', '')}",
@@ -146,9 +145,9 @@ class Suite:
         for seed in (0, 12345):
             gap = difference(self.play(seed), self.play(seed))
             demand("seeds", not gap, f"seed {seed} did not repeat itself", gap)
-        streams = [self.play(seed) for seed in range(6)]
+        streams = [self.play(seed)[: self.steps // 2] for seed in range(4)]
         demand("seeds", any(difference(streams[0], s) for s in streams[1:]),
-               "six seeds gave the same stream", "seeds 0 to 5", "seeds that matter")
+               "four seeds gave the same stream", "seeds 0 to 3", "seeds that matter")
         self.env.reset(seed=0)
         first = frozen(self.env.reset())
         self.env.reset(seed=0)
@@ -159,16 +158,16 @@ class Suite:
         """Global generators neither move nor matter."""
         with watched_generators():
             before = self.play()
+            repeats = not difference(before, self.play())
         with other_generators():
-            gap = difference(before, self.play())
+            gap = difference(before, self.play()) if repeats else ""  # else: a matter of seeds
         demand("global-rng", not gap, "global generators changed the stream", gap)
 
     def aliasing(self) -> None:
         """Scribbling over returned arrays changes nothing; old ones stay as they were."""
         clean = self.transitions()
         kept, copies, scribbled = [], [], []
-        obs, _ = self.env.reset(seed=0)
-        self._scribble(obs)
+        self._scribble(self.env.reset(seed=0)[0])
         for action in self.actions:
             result = self.env.step(action)
             kept.append(result[0])
@@ -228,7 +227,9 @@ class Suite:
             raise NotSeen("no episode terminated within the rollouts")
 
     def _many_transitions(self) -> list[Any]:
-        return [t for seed in range(4) for t in self.transitions(seed)]
+        if self._seen is None:
+            self._seen = [t for seed in range(4) for t in self.transitions(seed)]
+        return self._seen
 
     def truncation(self) -> None:
         """Never both flags; a reason exactly when truncated; the horizon is kept."""
@@ -285,7 +286,7 @@ class Suite:
             demand("fork", not gap, f"{name} went another way", gap)
         forks[0].close()
 
-    def _saved(self, folder: str) -> tuple[Path, list[Any]]:
+    def _saved(self, folder: str) -> Any:
         self.env.reset(seed=3)
         rollout(self.env, self.actions[:3])
         path = Path(folder) / "state.bin"
@@ -296,10 +297,9 @@ class Suite:
         """The file is no pickle, loads here, and a pickle is refused."""
         with tempfile.TemporaryDirectory() as folder:
             path, expected = self._saved(folder)
-            with guarding("safe-loading"):
-                head = path.read_bytes()[:2]
-            demand("safe-loading", head[:1] != b"\x80" and head != b"PK",
-                   "the saved state is a pickle or an archive", head, "safetensors")
+            demand("safe-loading", looks_safe(path.read_bytes()[:9]),
+                   "the saved state is a pickle or an archive", path.read_bytes()[:9],
+                   "safetensors")
             self.env.load_state(path)
             gap = difference(expected, rollout(self.env, self.actions))
             demand("state", not gap, "a saved state did not repeat", gap)
@@ -338,7 +338,8 @@ class Suite:
         env.reset(seed=4)
         rollout(env, self.actions[:1])
         state = env.get_state()
-        expected = rollout(env, self.actions)
+        after = self.actions[:6]
+        expected = rollout(env, after)
         calls = {f"action {action!r}"[:60]: lambda a=action: env.step(a)
                  for action in bad_actions(env.action_space)}
         calls |= {f"seed {s!r}": lambda s=s: env.reset(seed=s) for s in (-1, "one", 0.5)}
@@ -348,7 +349,7 @@ class Suite:
         for what, call in calls.items():
             env.set_state(state)
             refuses("refusal", call, WorldGymError, what)
-            gap = difference(expected, rollout(env, self.actions))
+            gap = difference(expected, rollout(env, after))
             demand("refusal", not gap, f"after {what} the env went another way", gap)
 
     def render(self) -> None:
@@ -381,13 +382,13 @@ class Suite:
             from stable_baselines3.common.env_checker import check_env
         except ImportError:
             raise NotSeen("stable-baselines3 is not installed") from None
-        spaces_ = self.env.observation_space, self.env.action_space
-        if isinstance(spaces_[1], spaces.MultiDiscrete) and spaces_[1].nvec.ndim != 1:
+        action_space = self.env.action_space
+        if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim != 1:
             raise NotSeen("SB3 has no use for matrices of discrete actions")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             # latents are (C, h, w) floats, which SB3 takes for badly scaled pictures
-            if spaces_[0].dtype != np.uint8:
+            if self.env.observation_space.dtype != np.uint8:
                 warnings.filterwarnings("ignore", message=".*(image|CNN|normalize).*")
             warnings.filterwarnings("ignore", message=".*symmetric and normalized Box action.*")
             check_env(self.env.unwrapped)

@@ -225,6 +225,11 @@ def rollout(env: Any, actions: list[Any]) -> list[Any]:
     return out
 
 
+def looks_safe(head: bytes) -> bool:
+    """Whether the first 9 bytes are those of safetensors: header length, then a brace."""
+    return head[8:9] == b"{"
+
+
 class Evil:
     """Pickles to code that makes a folder when it is loaded."""
 

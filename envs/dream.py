@@ -44,7 +44,7 @@ class DreamEnv(Face, gymnasium.Env):
         self.metadata = self._describe()
 
     def _sibling(self) -> "DreamEnv":
-        return DreamEnv(self.core.task, **self._settings)
+        return type(self)(self.core.task, **self._settings)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

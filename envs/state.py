@@ -119,8 +119,9 @@ def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
 
     if not path.is_file():
         raise refuse("state file is missing", str(path))
-    head = path.read_bytes()[:4] if path.stat().st_size < 16 else path.open("rb").read(4)
-    if head[:1] == b"\x80" or head == b"PK\x03\x04":
+    with path.open("rb") as raw:
+        head = raw.read(9)
+    if head[8:9] != b"{" and (head[:1] == b"\x80" or head[:2] == b"PK"):
         raise UnsafeFileError("state file is a pickle or archive", given=f"{path} ({head!r}...)",
                               expected="safetensors", fix="save the state with env.save_state")
     try:
@@ -132,8 +133,8 @@ def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     if meta is None:
         raise refuse("not the state of an env", f"{path} with tensors {sorted(arrays)[:4]}")
     header = json.loads(meta)
-    wanted = {"none"} if header["empty"] else {*ARRAYS, "world"}
-    if header["format"] != FORMAT or set(arrays) != wanted:
+    wanted = {"none"} if header.get("empty") else {*ARRAYS, "world"}
+    if header.get("format") != FORMAT or set(arrays) != wanted or "fits" not in header:
         raise refuse("state file of another format",
-                     f"format {header['format']} with {sorted(arrays)}")
+                     f"format {header.get('format')} with {sorted(arrays)}")
     return header, arrays

@@ -62,7 +62,7 @@ class DreamVectorEnv(Face, VectorEnv):
         self.metadata = {**self._describe(), "autoreset_mode": self.autoreset_mode}
 
     def _sibling(self) -> "DreamVectorEnv":
-        return DreamVectorEnv(self.core.task, self.num_envs, **self._settings)
+        return type(self)(self.core.task, self.num_envs, **self._settings)
 
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None

@@ -49,9 +49,9 @@ class NanoConfig:
     action: ActionSpec
     fps: float = 8.75
     codec: CodecConfig = field(default_factory=CodecConfig)
-    wan: WanConfig = field(default_factory=lambda: dit_config(8, 2))
-    recent: int = 2
-    window: int = 9
+    wan: WanConfig = field(default_factory=lambda: dit_config(8, 3))
+    recent: int = 3
+    window: int = 6
     sink: int = 0
     steps: tuple[float, ...] = (1000.0, 500.0)
     context_noise: float = 0.0

@@ -21,7 +21,7 @@ from worldgym.data.starts import StartBank
 from worldgym.data.store import Episodes
 from worldgym.errors import ConfigError
 from worldgym.models import nano
-from worldgym.models.codec import CodecConfig, codec_loss, to_pixels
+from worldgym.models.codec import CodecConfig, cell_weight, codec_loss, to_pixels
 from worldgym.models.dynamics import dynamics_loss
 from worldgym.models.nano import Nano, NanoConfig
 from worldgym.models.outcome import outcome_loss
@@ -46,12 +46,13 @@ class FitConfig:
     name: str | None = None
     codec_iterations: int = 3200
     dynamics_iterations: int = 6000
+    alone_share: float = 0.4  # of the dynamics iterations: recent frames only, three times faster
     outcome_iterations: int = 3000
     batch: int = 24
-    clip: int = 10
+    clip: int = 8
     width: int = 128
     layers: int = 6
-    window: int = 9
+    window: int = 6
     steps: tuple[float, ...] = (1000.0, 500.0)
     dynamics_lr: float = 1e-3
     outcome_noise: float = 0.15
@@ -94,7 +95,7 @@ class Fit:
         if cfg.init:
             return nano.load_nano(cfg.init)
         codec = CodecConfig(frame_hw=tuple(data.frame_hw))
-        wan = nano.dit_config(codec.channels, 2, cfg.width, cfg.layers)
+        wan = nano.dit_config(codec.channels, 3, cfg.width, cfg.layers)
         config = NanoConfig(
             name=cfg.name or Path(cfg.out).name, action=data.action, fps=data.fps, wan=wan,
             codec=codec, window=cfg.window, steps=cfg.steps)
@@ -105,7 +106,7 @@ class Fit:
         cfg, short = self.cfg, 50 if self.cfg.quick else 10**9
         if not cfg.init:
             self._codec(min(cfg.codec_iterations, short))
-        self.latents = self._encode()
+        self.latents, self.weights = self._encode()
         self._dynamics(min(cfg.dynamics_iterations, short))
         self._outcome(min(cfg.outcome_iterations, short))
         if self.group.first:
@@ -128,12 +129,18 @@ class Fit:
         rows = np.concatenate([np.arange(s, s + n + 1) for s, n in zip(starts, steps, strict=True)])
         return rows[~self.episodes.take("terminated", rows)] if self.drop else rows
 
-    def _codec(self, iterations: int) -> None:
-        rows, batch, group = self._image_rows(self.train_ids), 32, self.group
+    def _median(self) -> torch.Tensor:
+        """Median frame of the recording, as pixels (3, H, W)."""
+        rows = self._image_rows(self.train_ids)
         pick = np.random.default_rng((self.cfg.seed, 1)).choice(rows, min(400, len(rows)), False)
         median = np.median(self.episodes.take("frames", np.sort(pick)), axis=0).astype(np.uint8)
+        return to_pixels(torch.from_numpy(median)[None], self.nano.codec.cfg.frame_hw,
+                         self.group.device)[0]
+
+    def _codec(self, iterations: int) -> None:
+        rows, batch, group = self._image_rows(self.train_ids), 32, self.group
         hw, device = self.nano.codec.cfg.frame_hw, group.device
-        median_CHW = to_pixels(torch.from_numpy(median)[None], hw, device)[0]
+        median_CHW = self._median()
         shape = self.nano.codec.cfg.latent_chw
 
         def sample(i: int) -> dict:
@@ -165,43 +172,45 @@ class Fit:
         codec.std.copy_(raw.std((0, 2, 3)).clamp_min(1e-3))
 
     @torch.no_grad()
-    def _encode(self) -> np.ndarray:
-        """Row-aligned latents (R, C, h, w) float16, cached in the training folder."""
-        codec, path = self.nano.codec, self.work / "latents.npy"
+    def _encode(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row-aligned latents (R, C, h, w) and cell weights (R, h, w), float16, cached on disk."""
+        codec, work = self.nano.codec, self.work
         tag = nano.value_fingerprint(self.nano, "codec") + f"-{self.episodes.rows}"
-        mark = self.work / "latents.json"
+        mark = work / "latents.json"
         known = json.loads(mark.read_text()) if mark.exists() else None
         if known != tag and self.group.first:
-            self.work.mkdir(parents=True, exist_ok=True)
-            part = self.work / "latents.part.npy"
-            shape = (self.episodes.rows, *codec.cfg.latent_chw)
-            store = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-            for first in tqdm(range(0, shape[0], 256), desc="encode", mininterval=5.0):
-                rows = np.arange(first, min(first + 256, shape[0]))
+            work.mkdir(parents=True, exist_ok=True)
+            median_CHW, total = self._median(), self.episodes.rows
+            shapes = {"latents": codec.cfg.latent_chw, "weights": codec.cfg.latent_chw[1:]}
+            stores = {name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.float16,
+                                                      (total, *shape))
+                      for name, shape in shapes.items()}
+            for first in tqdm(range(0, total, 256), desc="encode", mininterval=5.0):
+                rows = np.arange(first, min(first + 256, total))
                 frames = torch.from_numpy(self.episodes.take("frames", rows))
-                store[rows[0]:rows[-1] + 1] = codec.encode(frames).cpu().numpy()
-            store.flush()
-            os.replace(part, path)
-            mark.write_text(json.dumps(tag))
+                pixels = to_pixels(frames, codec.cfg.frame_hw, self.group.device)
+                stores["latents"][rows] = codec.encode(frames).cpu().numpy()
+                stores["weights"][rows] = cell_weight(pixels, median_CHW).cpu().numpy()
+            for store in stores.values():
+                store.flush()
+            mark.write_text(json.dumps(tag))  # last: a kill before this encodes again
         self.group.barrier()
-        return np.load(path, mmap_mode="r")
+        return tuple(np.load(work / f"{name}.npy", mmap_mode="r") for name in ("latents", "weights"))
 
     def _dynamics(self, iterations: int) -> None:
         cfg, group, device = self.cfg, self.group, self.group.device
         sampler = ChunkSampler(
             self.episodes, self.train_ids, cfg.clip, cfg.batch, cfg.seed,
             drop_terminal_frame=self.drop, rank=group.rank, world_size=group.size,
-            extra={"latents": self.latents})
-        rows = self._image_rows(self.train_ids)
-        some = np.sort(np.random.default_rng((cfg.seed, 4)).choice(rows, min(20_000, len(rows))))
-        mean = torch.from_numpy(self.latents[some].astype(np.float32).mean(0)).to(device)
+            extra={"latents": self.latents, "weights": self.weights})
+        alone = int(cfg.alone_share * iterations)
 
         def loss(model, data, generator):
             latents = torch.from_numpy(data["latents"].astype(np.float32)).to(device)
             actions = self._features(data["actions"], data["null"]).to(device)
-            ones = torch.ones(latents.shape[:2], device=device)
-            return dynamics_loss(model, latents, actions, mean, ones, generator,
-                                 (group.rank, group.size))
+            weight = torch.from_numpy(data["weights"].astype(np.float32)).to(device)
+            return dynamics_loss(model, latents, actions, weight, generator,
+                                 (group.rank, group.size), alone=loop.iteration < alone)
 
         loop = self._loop("dynamics", iterations, lr=cfg.dynamics_lr, decay=0.3,
                           warmup=200, weight_decay=0.02, muon=True, ema=0.995)
