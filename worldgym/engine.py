@@ -299,7 +299,10 @@ def _unowned(new: Tables, old: Tables) -> np.ndarray:
 
 
 def _integers(values: Sequence[int], count: int, name: str) -> np.ndarray:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # ragged
+        array = np.zeros(0)
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise StateError(f"{name} do not fit", given=values, expected=f"{count} integers",
                          fix=f"give one integer for every slot in {name}")

@@ -47,7 +47,10 @@ def check_slots(slots: object, count: int) -> np.ndarray:
     """``slots`` as a non-empty array of distinct slot numbers in [0, count), or SlotError."""
     if slots is None:
         return np.arange(count)
-    array = np.asarray(slots)
+    try:
+        array = np.asarray(slots)
+    except ValueError:  # ragged
+        array = np.zeros(0)
     if array.dtype == bool and array.shape == (count,):
         array = np.flatnonzero(array)
     ok = array.ndim == 1 and array.size > 0 and array.dtype.kind in "iu"
