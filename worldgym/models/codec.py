@@ -5,6 +5,7 @@ Space-to-depth stems keep every convolution on a 12x or smaller grid, so that tw
 train it; a frame is encoded alone (one latent frame per pixel frame).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -116,14 +117,16 @@ def to_pixels(frames_BHWC: Tensor, frame_hw: tuple[int, int], device: torch.devi
 
 
 def codec_loss(model: nn.Module, pixels_BCHW: Tensor, median_CHW: Tensor, noise_BChw: Tensor,
-               emphasis: float = 8.0) -> tuple[Tensor, Tensor]:
+               emphasis: float = 8.0, average: Callable[[Tensor], Tensor] = lambda x: x,
+               ) -> tuple[Tensor, Tensor]:
     """(weighted squared error + latent penalty, plain squared error on [-1, 1]).
 
     Pixels far from the recording's median frame weigh more: without this, small moving things
-    (a fireball is a few pixels of thousands) are the first to be dropped.
+    (a fireball is a few pixels of thousands) are the first to be dropped. ``average`` means a number
+    over the processes that share the batch.
     """
     drawn, z = model(pixels_BCHW, noise_BChw)
     error = (drawn - pixels_BCHW) ** 2
     weight = 1 + emphasis * (pixels_BCHW - median_CHW).abs().amax(1, keepdim=True)
-    loss = (weight * error).mean() / weight.mean() + 1e-3 * (z**2).mean()
+    loss = (weight * error).mean() / average(weight.mean()) + 1e-3 * (z**2).mean()
     return loss, error.detach().mean()

@@ -3,6 +3,7 @@
 Shapes: B slot, F latent frame, C channel, h w latent grid, A action features, D width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,14 +92,17 @@ def before(x_BCFhw: Tensor, count: int) -> Tensor:
 
 def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor, mean_Chw: Tensor,
                   valid_BF: Tensor, generator: torch.Generator, share: tuple[int, int] = (0, 1),
-                  full_noise: float = 0.35, context_noise: float = 0.3) -> tuple[Tensor, dict]:
+                  full_noise: float = 0.35, context_noise: float = 0.3,
+                  average: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, dict]:
     """Flow-matching loss of frames 1.. given the frames before them.
 
     Noise levels: a ``full_noise`` share of frames starts from pure noise (where every step of a
     rollout starts), the rest is uniform. Half of the clips see a context noised up to
     ``context_noise``, so that a rollout survives its own errors. Cells far from the recording's
     mean latent weigh more: that is where things move. ``share``: (rank, processes); noise is
-    drawn for the whole batch and cut, so the number of processes changes nothing.
+    drawn for the whole batch and cut, and ``average`` means a number over the processes, so that how
+    many there are changes nothing. Frames that are not ``valid_BF`` (the filled-up end of a short
+    episode) do not count.
     """
     b, f = latents_BFChw.shape[:2]
     rank, size = share
@@ -118,7 +122,8 @@ def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor, 
     weight = (0.4 + far) * valid_BF[..., None, None, None]
     weight[:, 0] = 0
     error = (flow - (noise - latents_BFChw)) ** 2
-    loss = (weight * error).sum() / (weight.sum() * latents_BFChw.shape[2])
+    total = average(weight.sum()).clamp_min(1e-6)
+    loss = (weight * error).sum() / (total * latents_BFChw.shape[2])
     with torch.no_grad():
         start = (sigma == 1)[:, 1:] & valid_BF[:, 1:].bool()
         first = error[:, 1:].mean((2, 3, 4))[start].mean() if start.any() else loss
