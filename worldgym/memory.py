@@ -270,7 +270,7 @@ class Tables:
 
 
 class PagedAttend:
-    """An ``attend`` for the DiT: the block's frames see chosen pages and chosen frames of the block.
+    """An ``attend`` for the DiT: a block's frames see chosen pages and chosen frames of the block.
 
     Args:
         pool: where the pages lie.

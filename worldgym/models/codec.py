@@ -126,7 +126,7 @@ def emphasis(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
 
 
 def cell_weight(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
-    """The same for latent cells (B, h, w): 0.3 + 4 times the mean square over 8x8 pixels, at most 1.5.
+    """The same for latent cells (B, h, w): 0.3 + 4 * mean square over 8x8 pixels, at most 1.5.
 
     Without the bound the few frames full of an explosion outweigh all others.
     """

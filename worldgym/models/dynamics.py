@@ -47,7 +47,7 @@ class Dynamics(nn.Module):
 
     def network(self, x_BCFhw: Tensor, t_BF: Tensor, *, recent_BRFhw: Tensor | None = None,
                 **given) -> Tensor:
-        """The DiT on frames and, beside each, the frames before it (``recent_BRFhw``, R = recent * C)."""
+        """The DiT on frames, each with the frames before it beside it (R = recent * C channels)."""
         if recent_BRFhw is not None:
             x_BCFhw = torch.cat([x_BCFhw, recent_BRFhw], 1)
         return self.dit(x_BCFhw, t_BF, **given)
@@ -81,7 +81,8 @@ class Dynamics(nn.Module):
         patch = self.cfg.wan.patch_size
         tokens = (x.shape[-2] // patch[1]) * (x.shape[-1] // patch[2])
         flow = self.network(
-            x.transpose(1, 2), t, recent_BRFhw=recent.repeat(1, 1, 2, 1, 1), attend=masked(mask, tokens),
+            x.transpose(1, 2), t, recent_BRFhw=recent.repeat(1, 1, 2, 1, 1),
+            attend=masked(mask, tokens),
             frame_index_BF=torch.arange(frames, device=x.device).repeat(2),
             cond_BFD=self.condition(actions_BFA).repeat(1, 2, 1),
         )

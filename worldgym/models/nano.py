@@ -38,7 +38,8 @@ def patch_for(latent_chw: tuple[int, int, int]) -> int:
 def dit_config(channels: int, recent: int, width: int = 128, layers: int = 6,
                head: int = 32, patch: int = 2) -> WanConfig:
     """A small text-free DiT for ``channels`` latent channels and ``recent`` frames beside each."""
-    return WanConfig(dim=width, ffn_dim=4 * width, num_heads=max(1, width // head), num_layers=layers,
+    return WanConfig(dim=width, ffn_dim=4 * width, num_heads=max(1, width // head),
+                     num_layers=layers,
                      in_dim=channels * (1 + recent), out_dim=channels, freq_dim=width // 2,
                      text_len=0, patch_size=(1, patch, patch))
 

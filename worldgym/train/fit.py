@@ -1,7 +1,8 @@
 """Fit a nano world to recorded episodes: codec, then dynamics, then outcome heads.
 
 Every part resumes from its checkpoint in ``out/training``; run the same command again after a
-kill, in the same way. Under torchrun each part trains on all processes. Shapes: B clip, F frame, R row of the data.
+kill, in the same way. Under torchrun each part trains on all processes.
+Shapes: B clip, F frame, R row of the data.
 """
 
 import hashlib
@@ -99,7 +100,8 @@ class Fit:
                               given=f"batches {cfg.batch}, {CODEC_BATCH}, {OUTCOME_BATCH} over "
                                     f"{size} processes",
                               expected=f"a --batch that is a multiple of {size}, and 1, 2, 4, 8, "
-                                       "16 or 32 processes", fix="change --batch or --nproc_per_node")
+                                       "16 or 32 processes",
+                              fix="change --batch or --nproc_per_node")
         self.episodes = Episodes.open(cfg.data)
         if not len(self.episodes):
             raise DatasetError("no episodes to learn from", given=str(cfg.data),
@@ -255,7 +257,9 @@ class Fit:
             mark.write_text(json.dumps(known))  # last: a kill before this encodes again
         self.group.barrier()
         self.seconds["encode"] = known.get("seconds", 0.0)
-        return tuple(np.load(work / f"{name}.npy", mmap_mode="r") for name in ("latents", "weights"))
+        latents, weights = (np.load(work / f"{name}.npy", mmap_mode="r")
+                            for name in ("latents", "weights"))
+        return latents, weights
 
     def _dynamics(self, iterations: int) -> None:
         cfg, group, device = self.cfg, self.group, self.group.device
