@@ -24,8 +24,8 @@ class Starts:
     """Where episodes begin: up to K real frames per slot; the last is the frame ``reset`` returns.
 
     ``latents_BKChw``: normalised latents, oldest first, right-aligned; ``actions``: (B, K, ...)
-    the action that led to each frame, in the world's action layout; ``null_BK``: no action led to it (first
-    frame of an episode); ``length_B``: how many of the K frames are there.
+    the action that led to each frame, in the world's action layout; ``null_BK``: no
+    action led to it (first frame of an episode); ``length_B``: how many of the K frames are there.
     """
 
     latents_BKChw: Tensor
@@ -66,8 +66,8 @@ class WorldState:
     """An immutable batch of slots.
 
     Fields (one row per slot): ``tables`` (memory), ``history_BKChw`` (the newest K latents, the
-    last is the current frame; what heads and observations read), ``lengths_B`` (how many of them are
-    real), ``pending_BA`` (action features of the current frame, not yet in memory), ``index_B``
+    last is the current frame; what heads and observations read), ``lengths_B`` (how many of them
+    are real), ``pending_BA`` (action features of the current frame, not yet in memory), ``index_B``
     (absolute index of the current frame), ``seed_B``, ``episode_B``, ``step_B``, ``branch_B``
     (the noise key), ``fingerprint`` (which world it belongs to).
     """
