@@ -124,10 +124,9 @@ class Suite:
                    f"{getattr(obs, 'dtype', type(obs))} {getattr(obs, 'shape', '')}",
                    env.observation_space)
         for _, reward, terminated, truncated, info in self.transitions():
-            demand("types", type(reward) is float, "reward is not a float", type(reward))
-            for name, flag in (("terminated", terminated), ("truncated", truncated)):
-                demand("types", type(flag) is bool, f"{name} is not a bool", type(flag))
-            demand("types", type(info) is dict, "info is not a dict", type(info))
+            for name, value, kind in (("reward", reward, float), ("terminated", terminated, bool),
+                                      ("truncated", truncated, bool), ("info", info, dict)):
+                demand("types", type(value) is kind, f"{name} is no {kind.__name__}", type(value))
 
     def metadata(self) -> None:
         """What a caller must know is data."""
