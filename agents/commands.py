@@ -21,11 +21,10 @@ class Collect:
     Args:
         out: data folder; further recordings are added to it.
         env: world id (its real game is recorded) or any Gymnasium id with image observations.
-        steps: steps to record, all episodes together.
-        policy: who plays, one episode each in turn.
-        seed: seed of the first episode.
-        frame_hw: height and width to resize frames to (worlds of their own game: set already).
-        games: how many run in lockstep.
+        steps: record until the folder holds this many steps; what is there counts.
+        policy: who plays; POLICY@0.3 gives one a share of the episodes.
+        seed: seed of the whole recording.
+        frame_hw: height and width to resize frames to; default 48 80.
         world: world folder; needed only if a policy was trained on latents.
     """
 
@@ -35,16 +34,14 @@ class Collect:
     policy: tuple[str, ...] = ("random", "sticky:0.2")
     seed: int = 0
     frame_hw: tuple[int, int] | None = None
-    games: int = 4
     world: str | None = None
 
     def run(self) -> None:
         """Record."""
         from worldgym.agents.games import record
 
-        done = record(self.env, self.out, self.steps, self.policy, seed=self.seed,
-                      frame_hw=self.frame_hw, games=self.games, world=self.world)
-        print(f"{self.out} holds {len(done)} episodes, {done.steps} steps")
+        print(record(self.env, self.out, self.steps, self.policy, seed=self.seed,
+                     frame_hw=self.frame_hw, world=self.world))
 
 
 @dataclass(kw_only=True)
@@ -165,7 +162,7 @@ class Score:
         policy: name=policy or policy, one or more.
         world: world id or folder.
         episodes: episodes each.
-        seed: first seed; scoring seeds start at 1,000,000, recordings use smaller ones.
+        seed: first seed; scoring seeds start at 1,000,000, recordings use those from 2,000,000.
         games: real games in lockstep.
         where: both, real or dream.
         out: results file to write or add to.

@@ -18,7 +18,7 @@ from worldgym.agents.results import Row
 from worldgym.agents.stats import METHOD, Summary, difference, summary
 from worldgym.errors import ConfigError, DTypeError
 
-REAL_SEEDS = 1_000_000  # first seed of scoring episodes; recordings use smaller ones
+REAL_SEEDS = 1_000_000  # first seed of scoring episodes; recordings use those from 2,000,000 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,7 @@ def play_dream(
 ) -> Played:
     """Play ``episodes`` dreamt episodes of ``task``, to its end or its horizon.
 
+    Episodes begin where real ones do (start states from within an episode are left out).
     The agent's reward is what the task pays; a distrust penalty or truncation is left out, so
     that the figure can be held against the real return.
     """
@@ -139,7 +140,7 @@ def _dream_block(task: Any, policy: Policy, block: np.ndarray, seeds: Sequence[i
 
     world, per_chunk = task.world, int(task.world.spec.frames_per_chunk)
     keys = [int(seeds[e]) for e in block]
-    index = np.array([task.starts.sample(key, 0) for key in keys])
+    index = task.starts.sample(keys, [0] * len(keys), beginnings_only=True)
     state = world.begin(task.starts.gather(index), keys, [0] * len(keys))
     latents = as_numpy(state.latents_BCHW)
     wants_latents = getattr(policy, "observes", "frame") == "latent"

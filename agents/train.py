@@ -6,6 +6,7 @@ checkpoint, bit for bit, when the same call is made again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -146,7 +147,7 @@ def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
                                      expected="stable-baselines3",
                                      fix="pip install 'worldgym[rl]'") from error
     from worldgym.agents.keeper import Keeper
-    from worldgym.agents.watch import Watch
+    from worldgym.agents.watch import TimeUp, Watch
 
     folder, config = Path(folder), config.resolved()
     run = {**facts, "config": asdict(config), **_used(config)}
@@ -166,7 +167,8 @@ def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
         _write_run(folder, run, watch, model)
         left = config.steps - model.num_timesteps
         if left > 0 and not watch.late():
-            model.learn(left, callback=watch, reset_num_timesteps=latest is None)
+            with contextlib.suppress(TimeUp):
+                model.learn(left, callback=watch, reset_num_timesteps=latest is None)
         last = watch.close(model)
         _write_run(folder, run, watch, model)
         agent = save_agent(model, folder / "agent.zip", {**run, "steps": model.num_timesteps})

@@ -82,7 +82,7 @@ def first_frames(world: Any, real: Reel, count: int) -> Any:
 def dream_reel(task: Any, policy: Policy, seed: int, steps: int) -> Reel:
     """One dreamt episode that the policy plays by itself."""
     world = task.world
-    start = task.starts.gather(np.array([task.starts.sample(seed, 0)]))
+    start = task.starts.gather(task.starts.sample([seed], [0], beginnings_only=True))
     state = world.begin(start, [seed])
     policy.reset(1, seed)
     frames = [as_numpy(world.decode(state.latents_BCHW))[0]]

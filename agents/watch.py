@@ -13,6 +13,10 @@ from worldgym.agents.bookkeeper import Bookkeeper
 from worldgym.agents.keeper import Keeper
 
 
+class TimeUp(Exception):  # noqa: N818  (no error: it ends a training between two rollouts)
+    """The time limit is reached; what was learned is kept."""
+
+
 class Watch(BaseCallback):
     """Sees every step; saves only between rollouts, where a run can go on exactly."""
 
@@ -43,11 +47,13 @@ class Watch(BaseCallback):
         steps = self.model.num_timesteps
         if self._saved is not None and steps - self._saved >= self.config.save_every:
             self._save(self.model)
+        if self.late():
+            raise TimeUp
 
     def _on_step(self) -> bool:
         assert self._bar is not None
         self._bar.update(self.model.num_timesteps - self._bar.n)
-        return not self.late()
+        return True
 
     def _on_rollout_end(self) -> None:
         means = self.book.means()

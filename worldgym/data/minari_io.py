@@ -126,7 +126,7 @@ def import_minari(source: str | Path, path: str | Path, *, fps: float | None = N
     space = storage.observation_space
     if observation_key is not None:
         space = getattr(space, "spaces", {}).get(observation_key)
-    shape = getattr(space, "shape", None) or ()
+    shape: Any = getattr(space, "shape", None) or ()
     if len(shape) != 3 or shape[2] != 3 or space.dtype != np.uint8:
         raise DatasetError(
             "observations are not RGB images", given=space, expected="Box of uint8 (H, W, 3)",

@@ -101,7 +101,7 @@ def check_episode(episode: Mapping, action: ActionSpec, table: Layout, label: st
             )
         out[name] = array.astype(dtype, copy=False)
     action.check(out["actions"][1:])
-    check_flags(*(out[k] for k in ("terminated", "truncated", "rewards", "actions")), label)
+    check_flags(out["terminated"], out["truncated"], out["rewards"], out["actions"], label)
     return out
 
 

@@ -236,8 +236,8 @@ class Episodes:
         """Read everything but the frames and refuse flags, rewards or actions without sense."""
         for i in range(len(self)):
             data = self.episode(i)
-            keys = ("terminated", "truncated", "rewards", "actions")
-            check_flags(*(data[k] for k in keys), f"episode {i}")
+            flags = data["terminated"], data["truncated"]
+            check_flags(*flags, data["rewards"], data["actions"], f"episode {i}")
             self.action.check(data["actions"][1:])
 
 
