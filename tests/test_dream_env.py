@@ -33,8 +33,9 @@ def shipped() -> bool:
     return (TASKS["worldgym/TakeCover-v0"]["folder"] / "world.safetensors").is_file()
 
 
-@pytest.mark.parametrize("settings", [{}, {"frames": 3}, {"observation": "latent"},
-                                      {"kind": "box", "frames": 2, "actions": "per_frame"}], ids=str)
+@pytest.mark.parametrize("settings", [
+    {}, {"frames": 3}, {"observation": "latent"},
+    {"kind": "box", "frames": 2, "actions": "per_frame"}], ids=str)
 def test_gymnasium_checker_with_all_render_modes(registered, settings):
     from gymnasium.utils.env_checker import check_env
 
@@ -119,9 +120,9 @@ def test_seeds_and_episodes():
 def test_unseeded_envs_differ():
     streams = set()
     for _ in range(4):
-        env = fake_env(observation="latent")
+        env = fake_env(observation="latent", end="never")
         env.reset()
-        streams.add(b"".join(env.step(0)[0].tobytes() for _ in range(12)))
+        streams.add(b"".join(env.step(1)[0].tobytes() for _ in range(12)))
     assert len(streams) > 1
 
 
@@ -350,7 +351,7 @@ def test_folder_of_a_world_makes_an_env(tmp_path):
     from worldgym.models.codec import CodecConfig
 
     cfg = nano.NanoConfig(
-        name="saved", action=ActionSpec.discrete(2), wan=nano.TINY_WAN, window=4,
+        name="saved", action=ActionSpec.discrete(2), wan=nano.dit_config(4, 2, 32, 2, 16), window=4,
         codec=CodecConfig(frame_hw=(32, 32), channels=4, width=8, deep_width=16),
         outcome_frames=2, outcome_width=8)
     net = nano.fresh(cfg)
