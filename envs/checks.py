@@ -86,10 +86,9 @@ class Suite:
             "gymnasium": self.gymnasium, "sb3": self.sb3, "closed": self.closed,
         }, Report())
 
-    def play(self, seed: int | None = 0, env: Any = None) -> list[Any]:
+    def play(self, seed: int | None = 0) -> list[Any]:
         """The stream of a seed: reset, then the suite's actions."""
-        env = self.env if env is None else env
-        return [frozen(env.reset(seed=seed)), *rollout(env, self.actions)]
+        return [frozen(self.env.reset(seed=seed)), *rollout(self.env, self.actions)]
 
     def transitions(self, seed: int = 0) -> list[Any]:
         """The steps of ``play`` without its resets."""

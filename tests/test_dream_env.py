@@ -351,7 +351,7 @@ def test_folder_of_a_world_makes_an_env(tmp_path):
     from worldgym.models.codec import CodecConfig
 
     cfg = nano.NanoConfig(
-        name="saved", action=ActionSpec.discrete(2), wan=nano.dit_config(4, 2, 32, 2, 16), window=4,
+        name="saved", action=ActionSpec.discrete(2), wan=nano.dit_config(4, 2, 32, 2, 16), recent=2,
         codec=CodecConfig(frame_hw=(32, 32), channels=4, width=8, deep_width=16),
         outcome_frames=2, outcome_width=8)
     net = nano.fresh(cfg)
