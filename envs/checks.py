@@ -86,10 +86,9 @@ class Suite:
             "gymnasium": self.gymnasium, "sb3": self.sb3, "closed": self.closed,
         }, Report())
 
-    def play(self, seed: int | None = 0, env: Any = None) -> list[Any]:
+    def play(self, seed: int | None = 0) -> list[Any]:
         """The stream of a seed: reset, then the suite's actions."""
-        env = self.env if env is None else env
-        return [frozen(env.reset(seed=seed)), *rollout(env, self.actions)]
+        return [frozen(self.env.reset(seed=seed)), *rollout(self.env, self.actions)]
 
     def transitions(self, seed: int = 0) -> list[Any]:
         """The steps of ``play`` without its resets."""
@@ -124,10 +123,9 @@ class Suite:
                    f"{getattr(obs, 'dtype', type(obs))} {getattr(obs, 'shape', '')}",
                    env.observation_space)
         for _, reward, terminated, truncated, info in self.transitions():
-            demand("types", type(reward) is float, "reward is not a float", type(reward))
-            for name, flag in (("terminated", terminated), ("truncated", truncated)):
-                demand("types", type(flag) is bool, f"{name} is not a bool", type(flag))
-            demand("types", type(info) is dict, "info is not a dict", type(info))
+            for name, value, kind in (("reward", reward, float), ("terminated", terminated, bool),
+                                      ("truncated", truncated, bool), ("info", info, dict)):
+                demand("types", type(value) is kind, f"{name} is no {kind.__name__}", type(value))
 
     def metadata(self) -> None:
         """What a caller must know is data."""

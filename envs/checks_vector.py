@@ -65,7 +65,7 @@ class VectorSuite:
     def run(self) -> Report:
         """All checks."""
         return run_checks({
-            "autoreset": self.autoreset, "reset-needed": self.reset_needed, "types": self.types,
+            "types": self.types, "autoreset": self.autoreset, "reset-needed": self.reset_needed,
             "global-rng": self.global_rng, "seeds": self.seeds, "aliasing": self.aliasing,
             "truncation": self.truncation, "batch-invariance": self.batch_invariance,
             "slot-reset": self.slot_reset, "state": self.state, "fork": self.fork,

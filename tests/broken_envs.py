@@ -313,11 +313,11 @@ class OldSeedMethod(DreamEnv):
         return [seed]
 
 
-@breaks("sb3")
-class OddActionBox(DreamEnv):
+@breaks("sb3", kind="box")
+class DoubleActions(DreamEnv):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.action_space = gymnasium.spaces.Discrete(2, start=1)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float64)
 
 
 # ---------------------------------------------------------------------- vector
@@ -379,7 +379,7 @@ class ResetsAnyway(DreamVectorEnv):
 class InfoWithoutMask(DreamVectorEnv):
     def step(self, actions):
         *rest, infos = super().step(actions)
-        infos.pop("_frames")
+        infos.pop("_frames", None)
         return *rest, infos
 
 

@@ -40,7 +40,7 @@ def test_instance_instead_of_factory():
 
 
 def test_nano_passes():
-    report = check_dream_env(partial(nano_env, observation="latent"), steps=16,
+    report = check_dream_env(partial(nano_env, observation="latent", horizon=6), steps=8,
                              other_process=False)
     assert "state" in report.passed
 
@@ -52,9 +52,8 @@ def test_good_vector_envs_pass_in_all_modes(settings):
 
 
 def test_nano_vector_passes():
-    report = check_dream_vector_env(
-        partial(nano_vector, observation="latent", horizon=6), steps=10, num_envs=2, atol=1e-5)
-    assert "batch-invariance" in report.passed
+    report = check_dream_vector_env(nano_vector(2, observation="latent", horizon=4), steps=6)
+    assert {"autoreset", "slot-reset", "state", "refusal"} <= set(report.passed)
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN))
