@@ -71,6 +71,26 @@ def record(env: str, out: Path, steps: int, policies: Sequence[str], *, seed: in
     return collect(factory, out, steps=steps, policies=mix, seed=seed)
 
 
+def remember_task(data: str | Path, world: str | Path) -> dict[str, Any]:
+    """Write into a world's card which real game it was recorded from, and how long it plays.
+
+    ``load_task(world)`` then knows the twin, and a horizon: the longest recorded episode.
+    """
+    import json
+
+    from worldgym.agents.results import atomic_text
+    from worldgym.data.store import Episodes
+
+    episodes = Episodes.open(data)
+    recipe = dict(episodes.env).get("recipe", {})
+    card = Path(world) / "world.json"
+    content = json.loads(card.read_text())
+    task = {"twin": recipe.get("id"), "horizon": int(max(episodes.lengths)),
+            **content.get("task", {})}
+    atomic_text(card, json.dumps({**content, "task": task}, indent=1) + "\n")
+    return task
+
+
 def _share(text: str) -> tuple[str, float]:
     name, at, share = text.rpartition("@")
     if not at:
