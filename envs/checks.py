@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+
 from worldgym.envs.conformance import (
     ConformanceError,
     Evil,
@@ -28,7 +29,6 @@ from worldgym.envs.conformance import (
     sample_actions,
     watched_generators,
 )
-
 from worldgym.errors import ClosedError, ResetNeeded, WorldGymError
 
 Factory = Callable[..., Any]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
+
 from worldgym.envs.conformance import (
     NotSeen,
     Report,
@@ -20,7 +21,6 @@ from worldgym.envs.conformance import (
     sample_actions,
     watched_generators,
 )
-
 from worldgym.errors import ClosedError, ResetNeeded, WorldGymError
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
 from worldgym.envs import outcome, spaces
 from worldgym.envs.opening import Opening, ViewConfig, decode
 from worldgym.envs.state import CoreState, EnvState
 from worldgym.envs.tasks import Task
-
 from worldgym.errors import (
     ClosedError,
     NotFiniteError,

@@ -4,6 +4,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+
 from worldgym.envs.core import DreamCore
 from worldgym.envs.face import Face, check_options
 from worldgym.envs.opening import ViewConfig, check_seed

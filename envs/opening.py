@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from worldgym.envs import spaces
 from worldgym.envs.state import ARRAYS, CoreState
 from worldgym.envs.tasks import Task
-
 from worldgym.errors import ConfigError, DTypeError, ShapeError
 
 SEED_LIMIT = 2**63

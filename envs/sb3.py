@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from worldgym.envs.core import Batch, DreamCore
 from worldgym.envs.face import Face, check_options
 from worldgym.envs.opening import ViewConfig, check_seed
 from worldgym.envs.outcome import REASONS
 from worldgym.envs.screen import MODES, Screen
 from worldgym.envs.tasks import Task
-
 from worldgym.errors import ActionError, ConfigError, MissingDependencyError
 
 try:

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+
 from worldgym.envs.core import Batch, DreamCore
 from worldgym.envs.face import Face, check_mask, check_options, per_slot
 from worldgym.envs.opening import ViewConfig, check_seed
 from worldgym.envs.outcome import REASONS
 from worldgym.envs.screen import MODES, Screen
 from worldgym.envs.tasks import Task
-
 from worldgym.errors import ConfigError, ShapeError
 
 

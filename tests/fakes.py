@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from worldgym.envs.tasks import Task
 
 from worldgym.actions import ActionSpec
+from worldgym.envs.tasks import Task
 from worldgym.errors import SlotError, StateError
 from worldgym.spec import WorldSpec
 from worldgym.state import Starts

@@ -73,7 +73,8 @@ class World:
                               expected="1 latent frame per step", fix="set latents_per_chunk=1")
         self.spec, self.device = spec, torch.device(device)
         self.codec, self.dynamics, self.outcome = codec, dynamics, outcome
-        self.schedule, self.context_t, self.fingerprint = schedule, 1000 * context_noise, fingerprint
+        self.schedule, self.context_t = schedule, 1000 * context_noise
+        self.fingerprint = fingerprint
         cfg = dynamics.cfg.wan
         _, h, w = spec.latent_chw
         tokens = (h // cfg.patch_size[1]) * (w // cfg.patch_size[2])
@@ -111,7 +112,8 @@ class World:
         latents, features, length_B = self._check_starts(starts)
         b, k = latents.shape[:2]
         counters = {"seed_B": _integers(seeds, b, "seeds"),
-                    "episode_B": _integers([0] * b if episodes is None else episodes, b, "episodes"),
+                    "episode_B": _integers([0] * b if episodes is None else episodes, b,
+                                           "episodes"),
                     "step_B": np.zeros(b, np.int64), "branch_B": np.zeros(b, np.int64),
                     "index_B": length_B - 1, "lengths_B": np.minimum(length_B, self.history)}
         tables = Tables.empty(b)
@@ -293,13 +295,16 @@ class World:
 
 
 def _unowned(new: Tables, old: Tables) -> np.ndarray:
-    """Pages of ``new`` that ``old`` does not hold: freshly written, still on their first reference."""
+    """Pages of ``new`` that ``old`` does not hold: just written, on their first reference."""
     pages = new.pages_BP[new.pages_BP >= 0]
     return pages[~np.isin(pages, old.pages_BP)]
 
 
 def _integers(values: Sequence[int], count: int, name: str) -> np.ndarray:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # ragged
+        array = np.zeros(0)
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise StateError(f"{name} do not fit", given=values, expected=f"{count} integers",
                          fix=f"give one integer for every slot in {name}")

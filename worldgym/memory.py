@@ -270,7 +270,7 @@ class Tables:
 
 
 class PagedAttend:
-    """An ``attend`` for the DiT: the block's frames see chosen pages and chosen frames of the block.
+    """An ``attend`` for the DiT: a block's frames see chosen pages and chosen frames of the block.
 
     Args:
         pool: where the pages lie.
@@ -318,6 +318,7 @@ class PagedAttend:
         frequency = torch.cat([axis_frequencies(pairs[0]), torch.zeros(pairs[1] + pairs[2])])
         angle = torch.from_numpy(move_BP).double()[..., None] * frequency
         angle = angle.repeat_interleave(spec.tokens, 1)
+        angle = angle.to(self.pool.device)
         return cos_sin(torch.polar(torch.ones_like(angle), angle), spec.dtype)
 
     def __call__(self, layer: int, q_BTNE: Tensor, k_BTNE: Tensor, v_BTNE: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class CausalStepper:
         t_Bn = torch.full((len(x_BCnHW), block.frames), t, device=x_BCnHW.device)
         return self._call(x_BCnHW, t_Bn, attend, block.index_Bn, block.given)
 
-    def commit(self, kept: Tables, x_BCnHW: Tensor, t: float, block: Block) -> tuple[Tables, Tensor]:
+    def commit(self, kept: Tables, x_BCnHW: Tensor, t: float,
+               block: Block) -> tuple[Tables, Tensor]:
         """The cache pass: write the keys and values of clean frames; returns (tables, flow).
 
         The new pages hold one reference, the caller's.
@@ -157,6 +158,7 @@ def few_step(stepper: CausalStepper, x_BCnHW: Tensor, schedule: FewStep,
         attend: the first pass's ``attend``, or that of the later ones if ``first_flow`` is given.
         first_flow: the flow of the first pass, if it was computed already.
     """
+    x0 = x_BCnHW
     for i, (t, sigma) in enumerate(zip(schedule.timesteps, schedule.sigmas, strict=True)):
         if i:
             x_BCnHW = schedule.next_input(x0, renoise(i), i - 1)

@@ -23,9 +23,9 @@ FORMAT = 1
 class Starts:
     """Where episodes begin: up to K real frames per slot; the last is the frame ``reset`` returns.
 
-    ``latents_BKChw``: normalised latents, oldest first, right-aligned; ``actions_BK...``: the action
-    that led to each frame, in the world's action layout; ``null_BK``: no action led to it (first
-    frame of an episode); ``length_B``: how many of the K frames are there.
+    ``latents_BKChw``: normalised latents, oldest first, right-aligned; ``actions``: (B, K, ...)
+    the action that led to each frame, in the world's action layout; ``null_BK``: no
+    action led to it (first frame of an episode); ``length_B``: how many of the K frames are there.
     """
 
     latents_BKChw: Tensor
@@ -47,7 +47,10 @@ def check_slots(slots: object, count: int) -> np.ndarray:
     """``slots`` as a non-empty array of distinct slot numbers in [0, count), or SlotError."""
     if slots is None:
         return np.arange(count)
-    array = np.asarray(slots)
+    try:
+        array = np.asarray(slots)
+    except ValueError:  # ragged
+        array = np.zeros(0)
     if array.dtype == bool and array.shape == (count,):
         array = np.flatnonzero(array)
     ok = array.ndim == 1 and array.size > 0 and array.dtype.kind in "iu"
@@ -62,9 +65,9 @@ def check_slots(slots: object, count: int) -> np.ndarray:
 class WorldState:
     """An immutable batch of slots.
 
-    Fields (one row per slot): ``tables`` (memory), ``history_BKChw`` (the newest K latents, the last
-    is the current frame; what heads and observations read), ``lengths_B`` (how many of them are
-    real), ``pending_BA`` (action features of the current frame, not yet in memory), ``index_B``
+    Fields (one row per slot): ``tables`` (memory), ``history_BKChw`` (the newest K latents, the
+    last is the current frame; what heads and observations read), ``lengths_B`` (how many of them
+    are real), ``pending_BA`` (action features of the current frame, not yet in memory), ``index_B``
     (absolute index of the current frame), ``seed_B``, ``episode_B``, ``step_B``, ``branch_B``
     (the noise key), ``fingerprint`` (which world it belongs to).
     """

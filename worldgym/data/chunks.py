@@ -81,7 +81,7 @@ class _Sampler:
         return out
 
 
-RESERVED = {"rows", "actions", "null", "rewards", "terminated", "length", "frames"}
+RESERVED = {"rows", "actions", "null", "valid", "rewards", "terminated", "length", "frames"}
 
 
 class ChunkSampler(_Sampler):
@@ -98,35 +98,47 @@ class ChunkSampler(_Sampler):
         rank, world_size: this process reads rows ``rank*B//world_size : (rank+1)*B//world_size``.
         with_frames: also read the frames.
         extra: further arrays with one entry per row of the data set, e.g. latents.
+        shortest: an episode with fewer than ``length`` but at least this many usable rows gives one
+            window, filled up with its last usable row; default: no such windows.
 
     ``sampler(iteration)`` returns ``rows`` int64 (B, T), ``actions`` (B, T, ...), ``null`` bool
-    (B, T; true on row 0 of an episode), ``rewards`` float32 (B, T), ``terminated`` bool (B, T),
-    ``frames`` uint8 (B, T, H, W, C) if asked, and every extra array as (B, T, ...).
+    (B, T; true on row 0 of an episode), ``valid`` bool (B, T; false where a short window was filled
+    up), ``rewards`` float32 (B, T), ``terminated`` bool (B, T), ``frames`` uint8 (B, T, H, W, C) if
+    asked, and every extra array as (B, T, ...).
     """
 
     stream = WINDOWS
 
     def __init__(self, episodes: Episodes, ids: np.ndarray, length: int, batch: int, seed: int = 0,
                  drop_terminal_frame: bool = True, rank: int = 0, world_size: int = 1,
-                 with_frames: bool = False, extra: Mapping[str, np.ndarray] | None = None) -> None:
+                 with_frames: bool = False, extra: Mapping[str, np.ndarray] | None = None,
+                 shortest: int | None = None) -> None:
         super().__init__(episodes, ids, batch, seed, rank, world_size, with_frames, extra)
-        if length < 1:
-            raise ConfigError("impossible window", given=f"length {length}", expected=">= 1 row",
+        shortest = length if shortest is None else shortest
+        if not 1 <= shortest <= length:
+            raise ConfigError("impossible window", given=f"length {length}, shortest {shortest}",
+                              expected="1 <= shortest <= length rows",
                               fix="ask for at least one row")
         usable = episodes.lengths[self.ids] + 1
         if drop_terminal_frame:
             last = episodes.starts[self.ids] + episodes.lengths[self.ids]
             usable = usable - episodes.take("terminated", last)
-        self.length = length
-        self._count(np.maximum(usable - length + 1, 0), f"{length} usable rows")
+        self.length, self.longest = length, int(usable.max())
+        self._last = np.zeros(len(episodes), np.int64)  # last usable row of each episode
+        self._last[self.ids] = episodes.starts[self.ids] + usable - 1
+        places = np.where(usable >= shortest, np.maximum(usable - length + 1, 1), 0)
+        self._count(places, f"{shortest} usable rows")
 
     def __call__(self, iteration: int) -> dict[str, np.ndarray]:
         """The batch of this iteration."""
         episode, offset = self._draw(iteration)
         start = self.episodes.starts[episode]
         rows = (start + offset)[:, None] + np.arange(self.length)
+        last = self._last[episode][:, None]
+        valid, rows = rows <= last, np.minimum(rows, last)
         out = {k: self.episodes.take(k, rows) for k in ("actions", "rewards", "terminated")}
-        return {"rows": rows, "null": rows == start[:, None], **out, **self._images(rows)}
+        null = rows == start[:, None]
+        return {"rows": rows, "null": null, "valid": valid, **out, **self._images(rows)}
 
 
 class OutcomeSampler(_Sampler):

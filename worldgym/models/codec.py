@@ -5,6 +5,7 @@ Space-to-depth stems keep every convolution on a 12x or smaller grid, so that tw
 train it; a frame is encoded alone (one latent frame per pixel frame).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +126,7 @@ def emphasis(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
 
 
 def cell_weight(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
-    """The same for latent cells (B, h, w): 0.3 + 4 times the mean square over 8x8 pixels, at most 1.5.
+    """The same for latent cells (B, h, w): 0.3 + 4 * mean square over 8x8 pixels, at most 1.5.
 
     Without the bound the few frames full of an explosion outweigh all others.
     """
@@ -133,10 +134,14 @@ def cell_weight(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
     return (0.3 + 4 * near).clamp(max=1.5)
 
 
-def codec_loss(model: nn.Module, pixels_BCHW: Tensor, median_CHW: Tensor, noise_BChw: Tensor) -> tuple[Tensor, Tensor]:
-    """(squared error weighted by ``emphasis`` + latent penalty, plain squared error on [-1, 1])."""
+def codec_loss(model: nn.Module, pixels_BCHW: Tensor, median_CHW: Tensor, noise_BChw: Tensor,
+               average: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor]:
+    """(squared error weighted by ``emphasis`` + latent penalty, plain squared error on [-1, 1]).
+
+    ``average`` means a number over the processes that share the batch.
+    """
     drawn, z = model(pixels_BCHW, noise_BChw)
     error = (drawn - pixels_BCHW) ** 2
     weight = 1 + 8 * emphasis(pixels_BCHW, median_CHW)
-    loss = (weight * error).mean() / weight.mean() + 1e-3 * (z**2).mean()
+    loss = (weight * error).mean() / average(weight.mean()) + 1e-3 * (z**2).mean()
     return loss, error.detach().mean()

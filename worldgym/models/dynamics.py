@@ -3,6 +3,7 @@
 Shapes: B slot, F latent frame, C channel, h w latent grid, A action features, D width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class Dynamics(nn.Module):
 
     def network(self, x_BCFhw: Tensor, t_BF: Tensor, *, recent_BRFhw: Tensor | None = None,
                 **given) -> Tensor:
-        """The DiT on frames and, beside each, the frames before it (``recent_BRFhw``, R = recent * C)."""
+        """The DiT on frames, each with the frames before it beside it (R = recent * C channels)."""
         if recent_BRFhw is not None:
             x_BCFhw = torch.cat([x_BCFhw, recent_BRFhw], 1)
         return self.dit(x_BCFhw, t_BF, **given)
@@ -80,7 +81,8 @@ class Dynamics(nn.Module):
         patch = self.cfg.wan.patch_size
         tokens = (x.shape[-2] // patch[1]) * (x.shape[-1] // patch[2])
         flow = self.network(
-            x.transpose(1, 2), t, recent_BRFhw=recent.repeat(1, 1, 2, 1, 1), attend=masked(mask, tokens),
+            x.transpose(1, 2), t, recent_BRFhw=recent.repeat(1, 1, 2, 1, 1),
+            attend=masked(mask, tokens),
             frame_index_BF=torch.arange(frames, device=x.device).repeat(2),
             cond_BFD=self.condition(actions_BFA).repeat(1, 2, 1),
         )
@@ -100,15 +102,16 @@ def before(x_BCFhw: Tensor, count: int) -> Tensor:
 
 def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor,
                   weight_BFhw: Tensor, generator: torch.Generator, share: tuple[int, int] = (0, 1),
-                  full_noise: float = 0.35, context_noise: float = 0.3,
-                  alone: bool = False) -> tuple[Tensor, dict]:
+                  full_noise: float = 0.35, context_noise: float = 0.3, alone: bool = False,
+                  average: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, dict]:
     """Flow-matching loss of frames 1.. given the frames before them.
 
     Noise levels: a ``full_noise`` share of frames starts from pure noise (where every step of a
     rollout starts), the rest is uniform. Half of the clips see a context noised up to
     ``context_noise``, so that a rollout survives its own errors. ``weight_BFhw``: how much each
     latent cell matters (0 for frames that do not exist). ``share``: (rank, processes); noise is
-    drawn for the whole batch and cut, so the number of processes changes nothing.
+    drawn for the whole batch and cut, and ``average`` means a number over the processes, so that
+    how many there are changes nothing. ``alone``: see ``Dynamics.forward``.
     """
     b, f = latents_BFChw.shape[:2]
     rank, size = share
@@ -127,7 +130,8 @@ def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor,
     weight = weight_BFhw[:, :, None].clone()
     weight[:, 0] = 0
     error = (flow - (noise - latents_BFChw)) ** 2
-    loss = (weight * error).sum() / (weight.sum() * latents_BFChw.shape[2])
+    total = average(weight.sum()).clamp_min(1e-6)
+    loss = (weight * error).sum() / (total * latents_BFChw.shape[2])
     with torch.no_grad():
         start = (sigma == 1)[:, 1:] & (weight_BFhw[:, 1:].amax((2, 3)) > 0)
         first = error[:, 1:].mean((2, 3, 4))[start].mean() if start.any() else loss

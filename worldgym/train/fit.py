@@ -1,15 +1,18 @@
 """Fit a nano world to recorded episodes: codec, then dynamics, then outcome heads.
 
 Every part resumes from its checkpoint in ``out/training``; run the same command again after a
-kill. Under torchrun each part trains on all processes. Shapes: B clip, F frame, R row of the data.
+kill, in the same way. Under torchrun each part trains on all processes.
+Shapes: B clip, F frame, R row of the data.
 """
 
+import hashlib
 import json
 import math
 import os
+import shlex
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from tqdm import tqdm
 from worldgym.data.chunks import ChunkSampler, OutcomeSampler
 from worldgym.data.starts import StartBank
 from worldgym.data.store import Episodes
-from worldgym.errors import ConfigError
+from worldgym.errors import ConfigError, DatasetError
 from worldgym.models import nano
 from worldgym.models.codec import CodecConfig, cell_weight, codec_loss, to_pixels
 from worldgym.models.dynamics import dynamics_loss
@@ -29,6 +32,9 @@ from worldgym.train.distributed import Group
 from worldgym.train.loop import Loop, LoopConfig
 from worldgym.train.metrics import measure
 
+CODEC_BATCH, OUTCOME_BATCH = 32, 128  # frames, transitions
+SIZES = {"width": 128, "layers": 6, "window": 6, "steps": (1000.0, 500.0)}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitConfig:
@@ -37,26 +43,30 @@ class FitConfig:
     ``data``: folder of recorded episodes; ``out``: world folder to make; ``init``: world folder to
     start from (its codec is kept as it is, so that latents stay comparable).
     Iterations are per part; the defaults take about two hours on two cores, ``quick`` a minute.
+    ``width``, ``layers``, ``window`` (frames seen), ``steps`` (denoising timesteps): default
+    ``SIZES``, or those of ``init``, which may change only the last two.
+    ``outcome_noise``: most noise on latents that the heads read; ``starts``: start states to keep.
     ``keep_terminal_frames``: learn to draw the frame after an ending (off: games often show black).
+    ``shard``: fully sharded over the processes instead of copies; AdamW then replaces Muon.
     """
 
     data: str
     out: str
     init: str | None = None
     name: str | None = None
-    codec_iterations: int = 3200
-    dynamics_iterations: int = 6000
-    alone_share: float = 0.4  # of the dynamics iterations: recent frames only, three times faster
+    codec_iterations: int = 2000
+    dynamics_iterations: int = 5000
+    alone_share: float = 0.7  # of the dynamics iterations: recent frames only, three times faster
     outcome_iterations: int = 3000
-    batch: int = 24
+    batch: int = 64
     clip: int = 8
-    width: int = 128
-    layers: int = 6
-    window: int = 6
-    steps: tuple[float, ...] = (1000.0, 500.0)
-    dynamics_lr: float = 1e-3
-    outcome_noise: float = 0.15
-    starts: int = 1500
+    width: int | None = None
+    layers: int | None = None
+    window: int | None = None
+    steps: tuple[float, ...] | None = None
+    dynamics_lr: float = 2e-3
+    outcome_noise: float = 0.2
+    starts: int = 800
     holdout: float = 0.03
     keep_terminal_frames: bool = False
     quick: bool = False
@@ -66,40 +76,88 @@ class FitConfig:
     measure: bool = True
     tensorboard: bool = True
 
+    def __post_init__(self) -> None:
+        counts = (self.codec_iterations, self.dynamics_iterations, self.outcome_iterations)
+        if min(counts) < 1 or self.batch < 1 or self.clip < 2 or self.starts < 1 or self.seed < 0:
+            raise ConfigError("impossible length of training",
+                              given=f"iterations {counts}, batch {self.batch}, clip {self.clip}, "
+                                    f"starts {self.starts}, seed {self.seed}",
+                              expected="iterations, batch, starts >= 1, clip >= 2, seed >= 0",
+                              fix="raise the numbers")
+        if not 0 <= self.holdout < 1:
+            raise ConfigError("impossible share of held-out episodes", given=self.holdout,
+                              expected="0 <= holdout < 1", fix="use 0.03, or 0 to train on all")
+
 
 class Fit:
     """One fitting run."""
 
-    def __init__(self, cfg: FitConfig) -> None:
-        self.cfg = cfg
-        counts = (cfg.codec_iterations, cfg.dynamics_iterations, cfg.outcome_iterations)
-        if min(counts) < 1 or cfg.batch < 1 or cfg.clip < 2:
-            raise ConfigError("impossible length of training",
-                              given=f"iterations {counts}, batch {cfg.batch}, clip {cfg.clip}",
-                              expected="iterations >= 1, batch >= 1, clip >= 2",
-                              fix="raise the numbers")
-        self.group = Group.from_env(cfg.device, cfg.shard)
-        if cfg.batch % self.group.size:
-            raise ConfigError("batch does not split", given=f"{cfg.batch} clips",
-                              expected=f"a multiple of {self.group.size} processes",
-                              fix="change --batch")
+    def __init__(self, cfg: FitConfig, group: Group | None = None) -> None:
+        self.cfg, self.group = cfg, group or Group(device=torch.device(cfg.device))
+        size = self.group.size
+        if cfg.batch % size or CODEC_BATCH % size or OUTCOME_BATCH % size:
+            raise ConfigError("batches do not split over the processes",
+                              given=f"batches {cfg.batch}, {CODEC_BATCH}, {OUTCOME_BATCH} over "
+                                    f"{size} processes",
+                              expected=f"a --batch that is a multiple of {size}, and 1, 2, 4, 8, "
+                                       "16 or 32 processes",
+                              fix="change --batch or --nproc_per_node")
         self.episodes = Episodes.open(cfg.data)
-        self.train_ids, self.held_ids = self.episodes.split(cfg.holdout, seed=0)
+        if not len(self.episodes):
+            raise DatasetError("no episodes to learn from", given=str(cfg.data),
+                               expected="at least one recorded episode",
+                               fix="record some: worldgym collect --env GAME --out FOLDER")
+        everything = np.arange(len(self.episodes)), np.arange(0)
+        split = len(self.episodes) > 1 and cfg.holdout > 0
+        self.train_ids, self.held_ids = (
+            self.episodes.split(cfg.holdout, seed=0) if split else everything)
         self.out, self.work = Path(cfg.out), Path(cfg.out) / "training"
         self.nano = self._network().to(self.group.device)
         self.drop = not cfg.keep_terminal_frames
         self.seconds: dict[str, float] = {}
+        self.about = {"data": self._tag(), "from": nano.value_fingerprint(self.nano),
+                      "keep_terminal_frames": cfg.keep_terminal_frames}
 
     def _network(self) -> Nano:
         cfg, data = self.cfg, self.episodes
+        name = cfg.name or Path(cfg.out).resolve().name
+        given = {k: getattr(cfg, k) for k in SIZES if getattr(cfg, k) is not None}
         if cfg.init:
-            return nano.load_nano(cfg.init)
+            return self._started(name, given)
+        size = SIZES | given
         codec = CodecConfig(frame_hw=tuple(data.frame_hw))
-        wan = nano.dit_config(codec.channels, 3, cfg.width, cfg.layers)
+        wan = nano.dit_config(codec.channels, 3, size["width"], size["layers"],
+                              patch=nano.patch_for(codec.latent_chw))
         config = NanoConfig(
-            name=cfg.name or Path(cfg.out).name, action=data.action, fps=data.fps, wan=wan,
-            codec=codec, window=cfg.window, steps=cfg.steps)
+            name=name, action=data.action, fps=data.fps, wan=wan, codec=codec,
+            window=size["window"], steps=tuple(size["steps"]))
         return nano.fresh(config, cfg.seed)
+
+    def _started(self, name: str, given: dict) -> Nano:
+        """The network of ``init``, checked against data and settings."""
+        free = {k: given[k] for k in ("window", "steps") if k in given}
+        network = nano.load_nano(self.cfg.init, name=name, fps=self.episodes.fps, **free)
+        old, data = network.cfg, self.episodes
+        mine = {"frames": tuple(old.codec.frame_hw), "actions": old.action, "width": old.wan.dim,
+                "layers": old.wan.num_layers}
+        want = {"frames": tuple(data.frame_hw), "actions": data.action,
+                "width": given.get("width", old.wan.dim),
+                "layers": given.get("layers", old.wan.num_layers)}
+        wrong = [k for k in mine if mine[k] != want[k]]
+        if wrong:
+            raise ConfigError("the world to start from does not fit",
+                              given=f"{self.cfg.init} with " + ", ".join(
+                                  f"{k} {mine[k]}" for k in wrong),
+                              expected=", ".join(f"{k} {want[k]}" for k in wrong),
+                              fix="fit without --init, or record the same frame size and actions")
+        return network
+
+    def _tag(self) -> str:
+        """Which recordings these are."""
+        data = self.episodes
+        text = json.dumps([data.lengths.tolist(), data.seeds, data.policies, data.env],
+                          sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def run(self) -> Path:
         """Fit all parts and write the world folder; returns it."""
@@ -113,14 +171,14 @@ class Fit:
             self._write()
         return self.out
 
-    def _loop(self, name: str, iterations: int, **changes: float) -> Loop:
+    def _loop(self, name: str, iterations: int, about: dict, **changes: float) -> Loop:
         cfg = LoopConfig(iterations=iterations, seed=self.cfg.seed,
                          save_every=max(1, min(200, iterations // 4)), **changes)
-        return Loop(name, getattr(self.nano, name), cfg, self.work, self.group)
+        return Loop(name, getattr(self.nano, name), cfg, self.work, self.group, self.about | about)
 
     def _finish(self, loop: Loop) -> None:
         loop.load_ema()
-        loop.module.eval()
+        getattr(self.nano, loop.name).eval()
         self.seconds[loop.name] = round(loop.seconds, 1)
 
     def _image_rows(self, ids: np.ndarray) -> np.ndarray:
@@ -138,7 +196,7 @@ class Fit:
                          self.group.device)[0]
 
     def _codec(self, iterations: int) -> None:
-        rows, batch, group = self._image_rows(self.train_ids), 32, self.group
+        rows, batch, group = self._image_rows(self.train_ids), CODEC_BATCH, self.group
         hw, device = self.nano.codec.cfg.frame_hw, group.device
         median_CHW = self._median()
         shape = self.nano.codec.cfg.latent_chw
@@ -151,11 +209,12 @@ class Fit:
         def loss(model, data, generator):
             noise = torch.randn(batch, *shape, generator=generator)[group.rows(batch)]
             pixels = to_pixels(data["frames"], hw, device)
-            value, plain = codec_loss(model, pixels, median_CHW, noise.to(device))
+            value, plain = codec_loss(model, pixels, median_CHW, noise.to(device),
+                                      average=group.average)
             return value, {"mse": float(plain)}
 
         self.nano.codec.to(memory_format=torch.channels_last)
-        loop = self._loop("codec", iterations, lr=1e-3, decay=0.4)
+        loop = self._loop("codec", iterations, {}, lr=1e-3, decay=0.4)
         loop.run(sample, loss, self.cfg.tensorboard)
         self._finish(loop)
         self._normalise(rows)
@@ -174,12 +233,13 @@ class Fit:
     @torch.no_grad()
     def _encode(self) -> tuple[np.ndarray, np.ndarray]:
         """Row-aligned latents (R, C, h, w) and cell weights (R, h, w), float16, cached on disk."""
-        codec, work = self.nano.codec, self.work
-        tag = nano.value_fingerprint(self.nano, "codec") + f"-{self.episodes.rows}"
+        codec, work, start = self.nano.codec, self.work, time.perf_counter()
+        tag = f"{nano.value_fingerprint(self.nano, 'codec')}-{self.about['data']}"
         mark = work / "latents.json"
-        known = json.loads(mark.read_text()) if mark.exists() else None
-        if known != tag and self.group.first:
+        known = json.loads(mark.read_text()) if mark.exists() else {}
+        if known.get("tag") != tag and self.group.first:
             work.mkdir(parents=True, exist_ok=True)
+            mark.unlink(missing_ok=True)
             median_CHW, total = self._median(), self.episodes.rows
             shapes = {"latents": codec.cfg.latent_chw, "weights": codec.cfg.latent_chw[1:]}
             stores = {name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.float16,
@@ -191,30 +251,42 @@ class Fit:
                 pixels = to_pixels(frames, codec.cfg.frame_hw, self.group.device)
                 stores["latents"][rows] = codec.encode(frames).cpu().numpy()
                 stores["weights"][rows] = cell_weight(pixels, median_CHW).cpu().numpy()
+            known = {"tag": tag, "seconds": round(time.perf_counter() - start, 1)}
             for store in stores.values():
                 store.flush()
-            mark.write_text(json.dumps(tag))  # last: a kill before this encodes again
+            mark.write_text(json.dumps(known))  # last: a kill before this encodes again
         self.group.barrier()
-        return tuple(np.load(work / f"{name}.npy", mmap_mode="r") for name in ("latents", "weights"))
+        self.seconds["encode"] = known.get("seconds", 0.0)
+        latents, weights = (np.load(work / f"{name}.npy", mmap_mode="r")
+                            for name in ("latents", "weights"))
+        return latents, weights
 
     def _dynamics(self, iterations: int) -> None:
         cfg, group, device = self.cfg, self.group, self.group.device
-        sampler = ChunkSampler(
-            self.episodes, self.train_ids, cfg.clip, cfg.batch, cfg.seed,
+        usable = self.episodes.lengths[self.train_ids].max() + 1
+        clip = int(min(cfg.clip, max(usable, 2)))  # a longer one would only be filled up
+        alone = int(cfg.alone_share * iterations)
+        # clips with their memory cost three times as much: half as many of them
+        samplers = [ChunkSampler(
+            self.episodes, self.train_ids, clip, batch, cfg.seed, shortest=2,
             drop_terminal_frame=self.drop, rank=group.rank, world_size=group.size,
             extra={"latents": self.latents, "weights": self.weights})
-        alone = int(cfg.alone_share * iterations)
+            for batch in (cfg.batch, max(group.size, cfg.batch // 2 // group.size * group.size))]
 
         def loss(model, data, generator):
             latents = torch.from_numpy(data["latents"].astype(np.float32)).to(device)
             actions = self._features(data["actions"], data["null"]).to(device)
             weight = torch.from_numpy(data["weights"].astype(np.float32)).to(device)
+            weight = weight * torch.from_numpy(data["valid"].astype(np.float32)).to(device)[
+                ..., None, None]
             return dynamics_loss(model, latents, actions, weight, generator,
-                                 (group.rank, group.size), alone=loop.iteration < alone)
+                                 (group.rank, group.size), alone=loop.iteration < alone,
+                                 average=group.average)
 
-        loop = self._loop("dynamics", iterations, lr=cfg.dynamics_lr, decay=0.3,
+        about = {"batch": cfg.batch, "clip": clip, "alone": alone, "window": self.nano.cfg.window}
+        loop = self._loop("dynamics", iterations, about, lr=cfg.dynamics_lr, decay=0.3,
                           warmup=200, weight_decay=0.02, muon=True, ema=0.995)
-        loop.run(sampler, loss, cfg.tensorboard)
+        loop.run(lambda i: samplers[i >= alone](i), loss, cfg.tensorboard)
         self._finish(loop)
 
     def _features(self, actions: np.ndarray, null: np.ndarray) -> torch.Tensor:
@@ -223,14 +295,14 @@ class Fit:
         return torch.from_numpy(self.episodes.action.encode(flat, null.ravel())).unflatten(0, shape)
 
     def _outcome(self, iterations: int) -> None:
-        cfg, group, device, batch = self.cfg, self.group, self.group.device, 128
+        cfg, group, device, batch = self.cfg, self.group, self.group.device, OUTCOME_BATCH
         head = self.nano.outcome
         sampler = OutcomeSampler(
             self.episodes, self.train_ids, head.cfg.frames, batch, cfg.seed,
             rank=group.rank, world_size=group.size, extra={"latents": self.latents})
-        rows = np.random.default_rng((cfg.seed, 5)).choice(self.episodes.rows, 20_000)
-        scale = float(np.abs(self.episodes.take("rewards", np.sort(rows))).max())
-        head.reward_scale.fill_(max(scale, 1e-6))
+        scale = max(float(np.abs(self.episodes.episode(int(i))["rewards"]).max())
+                    for i in self.train_ids)  # of every row: rewards may be rare
+        head.reward_scale.fill_(scale or 1.0)
 
         def loss(model, data, generator):
             past = torch.from_numpy(data["latents"].astype(np.float32)).to(device)
@@ -242,45 +314,75 @@ class Fit:
             return outcome_loss(model, past, action, torch.from_numpy(data["rewards"]).to(device),
                                 torch.from_numpy(data["terminated"]).to(device), head.reward_scale)
 
-        loop = self._loop("outcome", iterations, lr=1e-3, decay=0.5, weight_decay=0.1)
+        loop = self._loop("outcome", iterations, {"noise": cfg.outcome_noise}, lr=1e-3, decay=0.5,
+                          weight_decay=0.1)
         loop.run(sampler, loss, cfg.tensorboard)
         self._finish(loop)
 
     def _write(self) -> None:
         cfg = self.cfg
-        bank = StartBank.build(self.episodes, self.nano.codec.encode, self.train_ids, cfg.starts,
+        count = min(cfg.starts, 64) if cfg.quick else cfg.starts
+        bank = StartBank.build(self.episodes, self.nano.codec.encode, self.train_ids, count,
                                context=self.nano.cfg.window - 1, seed=cfg.seed)
         self.out.mkdir(parents=True, exist_ok=True)
         bank.save(self.out / "starts.safetensors")
-        returns = [float(self.episodes.episode(int(i))["rewards"].sum()) for i in self.train_ids]
-        card = {"provenance": {
-            "command": cfg_command(cfg), "config": asdict(cfg), "seed": cfg.seed,
-            "real_steps_used": int(self.episodes.steps), "episodes": len(self.episodes),
-            "mean_recorded_return": float(np.mean(returns)), "policies": dict(Counter(self.episodes.policies)),
-            "training_seconds": self.seconds, "machine": machine(), "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d")}}
+        card = {"task": self._task(), "provenance": self._provenance()}
         nano.save(self.nano, self.out, card)
         if cfg.measure and len(self.held_ids):
-            world = nano.load(self.out)
-            card["metrics"] = measure(world, self.episodes, self.held_ids, seed=cfg.seed)
+            world = nano.load(self.out, self.group.device)
+            card["metrics"] = measure(world, self.episodes, self.held_ids, seed=cfg.seed,
+                                      clips=8 if cfg.quick else 64)
             nano.save(self.nano, self.out, card)
 
+    def _task(self) -> dict:
+        """What ``worldgym.envs.tasks.load_task`` reads: the real game and a horizon.
 
-def machine() -> str:
+        No dream is longer than the longest recorded episode: there is nothing to know beyond.
+        """
+        env = self.episodes.env
+        game = env.get("recipe", env)
+        return {"twin": game.get("id") if isinstance(game, dict) else None,
+                "horizon": int(self.episodes.lengths.max())}
+
+    def _provenance(self) -> dict:
+        cfg, data = self.cfg, self.episodes
+        returns = [float(data.episode(i)["rewards"].sum()) for i in range(len(data))]
+        return {
+            "command": cfg_command(cfg), "config": asdict(cfg), "seed": cfg.seed,
+            "real_steps_used": int(data.steps), "episodes": len(data), "env": data.env,
+            "mean_recorded_return": float(np.mean(returns)),
+            "policies": dict(Counter(data.policies)), "training_seconds": self.seconds,
+            "processes": self.group.size, "machine": machine(self.group.device),
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+
+
+def machine(device: torch.device) -> str:
     """One line on where this runs."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{os.cpu_count()} CPU cores, {math.ceil(memory)} GiB"
 
 
 def cfg_command(cfg: FitConfig) -> str:
-    """The command line that repeats this run."""
-    words = [f"--{k.replace('_', '-')} {v}" for k, v in asdict(cfg).items()
-             if v not in (None, False, True) and not isinstance(v, tuple)]
-    return "worldgym fit " + " ".join(words)
+    """The command line that repeats this run: every setting that is not the default."""
+    words = ["worldgym fit"]
+    for field in fields(cfg):
+        value, flag = getattr(cfg, field.name), field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            many = value if isinstance(value, tuple) else [value]
+            words.append(f"--{flag} " + " ".join(shlex.quote(str(v)) for v in many))
+    return " ".join(words)
 
 
 def fit(cfg: FitConfig) -> Path:
     """Fit a world; see ``FitConfig``. Returns the world folder."""
-    return Fit(cfg).run()
+    group = Group.from_env(cfg.device, cfg.shard)
+    try:
+        return Fit(cfg, group).run()
+    finally:
+        group.close()

@@ -18,13 +18,15 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def auc(score: np.ndarray, truth: np.ndarray) -> float:
-    """Area under the ROC curve: chance that a true case scores above a false one."""
-    order = np.argsort(score, kind="stable")
-    rank = np.empty(len(score))
-    values, inverse = np.unique(score[order], return_inverse=True)
-    ends = np.cumsum(np.bincount(inverse, minlength=len(values)))
-    middle = ends - (np.bincount(inverse, minlength=len(values)) - 1) / 2
-    rank[order] = middle[inverse]
+    """Area under the ROC curve: chance that a true case scores above a false one, ties half.
+
+    NaN when there are only true or only false cases.
+
+    >>> auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True]))
+    0.75
+    """
+    _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[inverse]  # of ties: the middle of their ranks
     n = int(truth.sum())
     if n == 0 or n == len(truth):
         return float("nan")
@@ -56,35 +58,47 @@ def replay(world: World, episodes: Episodes, firsts: np.ndarray, context: int,
 
 
 def measure(world: World, episodes: Episodes, ids: np.ndarray, clips: int = 64, steps: int = 50,
-            seed: int = 0) -> dict[str, float]:
+            seed: int = 0) -> dict[str, float | None]:
     """Metrics on held-out episodes.
 
     ``psnr_1``, ``psnr_50``: PSNR (dB) of the first and of the 50th dreamed frame under the recorded
     actions; ``psnr_1_copy``, ``psnr_50_copy``: of the last real context frame shown instead;
-    ``end_auc``: area under the ROC curve of the end chance over all held-out steps.
+    ``end_auc``: area under the ROC curve of the end chance over all held-out steps; None when none
+    or all of them end. Where no episode is long enough, fewer steps are dreamed (``psnr_25``, ...),
+    then from fewer context frames (``context_frames``); the frame after an ending is never used.
     """
+    lengths = episodes.lengths[ids]
+    out: dict[str, float | None] = {}
     context = world.spec.context_frames
-    lengths, first = episodes.lengths[ids], episodes.starts[ids]
-    out: dict[str, float] = {}
-    while steps > 1 and not (lengths > context + steps).any():
+    while steps > 1 and lengths.max() < context + steps:
         steps //= 2
-    long = np.flatnonzero(lengths > context + steps)
-    if len(long):
-        rng = np.random.default_rng((seed, 7))
-        pick = rng.choice(long, clips)
-        room = lengths[pick] - context - steps
-        firsts = first[pick] + rng.integers(0, room)
-        dream, real = replay(world, episodes, firsts, context, steps, seed)
-        last = episodes.take("frames", firsts + context - 1)
-        for step in sorted({1, steps}):
-            a, b = dream[step - 1], real[step - 1]
-            out[f"psnr_{step}"] = round(float(psnr(a, b).mean()), 3)
-            out[f"psnr_{step}_copy"] = round(float(psnr(last, b).mean()), 3)
-        out["clips"] = clips
+    context = min(context, int(lengths.max()) - steps)
+    if context >= 1:
+        out |= _drawing(world, episodes, ids, clips, steps, context, seed)
     chance, ended = end_chances(world, episodes, ids)
-    out |= {"end_auc": round(auc(chance, ended), 4), "end_rate": round(float(ended.mean()), 5),
-            "end_rate_predicted": round(float(chance.mean()), 5), "held_out_steps": len(chance)}
-    return out
+    area = auc(chance, ended)
+    return out | {
+        "end_auc": None if np.isnan(area) else round(area, 4),
+        "end_rate": round(float(ended.mean()), 5),
+        "end_rate_predicted": round(float(chance.mean()), 5), "held_out_steps": len(chance)}
+
+
+def _drawing(world: World, episodes: Episodes, ids: np.ndarray, clips: int, steps: int,
+             context: int, seed: int) -> dict[str, float]:
+    """PSNR of ``clips`` replayed pieces of these episodes."""
+    long = ids[episodes.lengths[ids] >= context + steps]
+    rng = np.random.default_rng((seed, 7))
+    pick = rng.choice(long, clips)
+    room = episodes.lengths[pick] - context - steps + 1  # the last row may be black
+    firsts = episodes.starts[pick] + rng.integers(0, room)
+    dream, real = replay(world, episodes, firsts, context, steps, seed)
+    last = episodes.take("frames", firsts + context - 1)
+    out: dict[str, float] = {}
+    for step in sorted({1, steps}):
+        a, b = dream[step - 1], real[step - 1]
+        out[f"psnr_{step}"] = round(float(psnr(a, b).mean()), 3)
+        out[f"psnr_{step}_copy"] = round(float(psnr(last, b).mean()), 3)
+    return out | {"clips": clips, "context_frames": context}
 
 
 def end_chances(world: World, episodes: Episodes, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
