@@ -16,7 +16,7 @@ def game_maker(task: Any) -> Callable[[], Any]:
         ConfigError: the task has no real twin.
     """
     if task.twin is None:
-        raise ConfigError("this world has no real game to score in", given=f"{task.name}, twin None",
+        raise ConfigError("this world has no real game to score in", given=f"{task.name}, no twin",
                           expected="a task with a twin", fix="load_task(folder, twin='MyGame-v0')")
     from worldgym.envs.twins import real_env_factory
 

@@ -1,4 +1,4 @@
-"""Training: reproducible, resumable after a kill, refused when settings change; safe agent files."""
+"""Training: reproducible, resumable after a kill; settings are checked; agent files are safe."""
 
 import io
 import json
