@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> object:
         if not stop.code:
             raise
     text = " ".join(BOX.sub(" ", said.getvalue()).split())
-    text = re.sub(r"For full helptext,? .*$", "", text).strip() or "unreadable arguments"
+    text = re.sub(r"(For full helptext|Perhaps you meant).*$", "", text).strip() or "no arguments"
     raise CommandError("the command line makes no sense", given=text,
                        expected=f"worldgym {{{','.join(commands.COMMANDS)}}} with its options",
                        fix="worldgym COMMAND --help shows every option")
@@ -53,11 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorldGymError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"CommandError: a file or folder cannot be used: got {error}; expected a path that "
+              "can be read and written. Fix: check the path and its permissions", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from its last checkpoint", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
 
 
 if __name__ == "__main__":

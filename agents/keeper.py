@@ -8,6 +8,7 @@ with ``weights_only=True``) and ``env.safetensors`` (the state of every dream).
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -69,7 +70,8 @@ class Keeper:
         try:
             state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
             model.set_parameters(str(path / "agent.zip"))
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError,
+                pickle.UnpicklingError) as error:
             raise CheckpointError("checkpoint cannot be read", given=f"{path}: {error}",
                                   expected="a folder written by worldgym train",
                                   fix=f"delete {path}; training goes on from the one before"

@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import pickle
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -131,6 +132,9 @@ def load_agent(path: str | Path, world: Any = None, deterministic: bool = True) 
             data = io.BytesIO(archive.read("policy.pth"))
         state = torch.load(data, map_location="cpu", weights_only=True)
         policy.load_state_dict(state, strict=True)
+    except pickle.UnpicklingError as error:
+        raise UnsafeFileError("agent weights are a pickle that wants to run code", given=str(path),
+                              expected="plain tensors", fix="do not use this file") from error
     except (KeyError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError("agent weights do not fit", given=f"{path}: {error}",
                               expected="the weights of the network described in the file",

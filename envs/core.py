@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
 from worldgym.envs import outcome, spaces
 from worldgym.envs.opening import Opening, ViewConfig, decode
 from worldgym.envs.state import CoreState, EnvState
 from worldgym.envs.tasks import Task
-
 from worldgym.errors import (
     ClosedError,
     NotFiniteError,
@@ -204,10 +204,10 @@ class DreamCore:
                 "action batch has the wrong shape", given=array.shape,
                 expected=f"{lead + spec.shape} (slots{', frames' * self.per_frame}, *action)",
                 fix="give one action for every slot" + " and frame" * self.per_frame)
-        rows = array[live_B]
-        checked = spec.check(rows.reshape(-1, *spec.shape))
         out = np.zeros(array.shape, spec.dtype)  # rows of slots about to be reset are ignored
-        out[live_B] = checked.reshape(rows.shape)
+        if live_B.any():
+            rows = array[live_B]
+            out[live_B] = spec.check(rows.reshape(-1, *spec.shape)).reshape(rows.shape)
         return out
 
     def _advance(self, state: CoreState, actions_B: np.ndarray, live: np.ndarray | None) -> Any:

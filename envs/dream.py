@@ -4,6 +4,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+
 from worldgym.envs.core import DreamCore
 from worldgym.envs.face import Face, check_options
 from worldgym.envs.opening import ViewConfig, check_seed
@@ -44,7 +45,7 @@ class DreamEnv(Face, gymnasium.Env):
         self.metadata = self._describe()
 
     def _sibling(self) -> "DreamEnv":
-        return DreamEnv(self.core.task, **self._settings)
+        return type(self)(self.core.task, **self._settings)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

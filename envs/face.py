@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from worldgym.envs.core import DreamCore
 from worldgym.envs.screen import MODES, Screen
 from worldgym.envs.state import EnvState
-
 from worldgym.errors import ConfigError, DTypeError, ShapeError, SlotError
 
 

@@ -8,7 +8,6 @@ from worldgym.envs.dream import DreamEnv
 from worldgym.envs.opening import ViewConfig
 from worldgym.envs.tasks import Task, check_names, load_task
 from worldgym.envs.vector import DreamVectorEnv
-
 from worldgym.errors import ConfigError
 
 TASK_SETTINGS = ("horizon", "distrust", "penalty", "forks", "reward", "end", "spread", "starts")

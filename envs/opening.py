@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from worldgym.envs import spaces
 from worldgym.envs.state import ARRAYS, CoreState
 from worldgym.envs.tasks import Task
-
 from worldgym.errors import ConfigError, DTypeError, ShapeError
 
 SEED_LIMIT = 2**63
@@ -122,11 +122,9 @@ class Opening:
 
     def _start_indices(self, seed_n: np.ndarray, episode_n: np.ndarray, starts: Any) -> np.ndarray:
         bank = self.task.starts
-        starts = [None] * len(seed_n) if starts is None else starts
-        out = np.zeros(len(seed_n), np.int64)
-        for row, start in enumerate(starts):
+        out = np.array(bank.sample(seed_n, episode_n), np.int64)
+        for row, start in enumerate([] if starts is None else starts):
             if start is None:
-                out[row] = bank.sample(int(seed_n[row]), int(episode_n[row]))
                 continue
             if isinstance(start, bool) or not isinstance(start, int | np.integer):
                 raise DTypeError("start is not an integer", given=repr(start),
@@ -152,14 +150,14 @@ class Opening:
         picked = latents[np.arange(count)[:, None], column_nk]
         if self.view.observation == "latent":
             return np.ascontiguousarray(picked.reshape(count, -1, *latents.shape[3:]), np.float32)
-        own = getattr(self.task.starts, "frames", None)
-        if k == 1 and own is not None:
-            return np.array(spaces.to_numpy(own)[index_n])
+        real = getattr(self.task.starts, "last_frames", None)
+        if k == 1 and real is not None:
+            return np.array(real(index_n))
         flat = decode(self.task.world, picked.reshape(count * k, *latents.shape[2:]))
         shown = flat.reshape(count, k, *flat.shape[1:])
-        if own is not None:
+        if real is not None:
             shown = shown.copy()
-            shown[:, -1] = spaces.to_numpy(own)[index_n]
+            shown[:, -1] = real(index_n)
         return np.concatenate([shown[:, j] for j in range(k)], axis=-1)
 
     def _own_stack(self, own: Any, images: list) -> np.ndarray:

@@ -6,9 +6,9 @@ Shapes: B slots of the chunk, F pixel frames of the chunk.
 from typing import Any
 
 import numpy as np
+
 from worldgym.envs.spaces import to_numpy
 from worldgym.envs.tasks import Task
-
 from worldgym.errors import NotFiniteError, ShapeError
 
 REASONS = ("", "horizon", "context", "distrust")  # a reason code is an index into this tuple

@@ -18,10 +18,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
-from worldgym.envs.spaces import action_spec
 
 from worldgym.actions import ActionSpec
 from worldgym.data.store import Episodes
+from worldgym.envs.spaces import action_spec
 from worldgym.errors import ConfigError, DatasetError
 
 PolicyFactory = Callable[[np.random.Generator], Any]

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from worldgym.envs.core import Batch, DreamCore
 from worldgym.envs.face import Face, check_options
 from worldgym.envs.opening import ViewConfig, check_seed
 from worldgym.envs.outcome import REASONS
 from worldgym.envs.screen import MODES, Screen
 from worldgym.envs.tasks import Task
-
 from worldgym.errors import ActionError, ConfigError, MissingDependencyError
 
 try:
@@ -51,7 +51,7 @@ class DreamVecEnv(Face, VecEnv):
         self.metadata = {**self._describe(), "render_modes": [m for m in MODES if m != MODES[1]]}
 
     def _sibling(self) -> "DreamVecEnv":
-        return DreamVecEnv(self.core.task, self.num_envs, **self._settings)
+        return type(self)(self.core.task, self.num_envs, **self._settings)
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Seeds of the next reset: slot i gets seed + i; None draws from the operating system."""

@@ -103,7 +103,6 @@ class Task:
 @functools.lru_cache(maxsize=8)
 def _load(folder: str, stamp: int, device: str) -> tuple[Any, Any, dict]:
     from worldgym.data.starts import StartBank
-
     from worldgym.models import nano
 
     world = nano.load(Path(folder), device=device) if device != "cpu" else nano.load(Path(folder))

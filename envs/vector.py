@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+
 from worldgym.envs.core import Batch, DreamCore
 from worldgym.envs.face import Face, check_mask, check_options, per_slot
 from worldgym.envs.opening import ViewConfig, check_seed
 from worldgym.envs.outcome import REASONS
 from worldgym.envs.screen import MODES, Screen
 from worldgym.envs.tasks import Task
-
 from worldgym.errors import ConfigError, ShapeError
 
 
@@ -62,7 +62,7 @@ class DreamVectorEnv(Face, VectorEnv):
         self.metadata = {**self._describe(), "autoreset_mode": self.autoreset_mode}
 
     def _sibling(self) -> "DreamVectorEnv":
-        return DreamVectorEnv(self.core.task, self.num_envs, **self._settings)
+        return type(self)(self.core.task, self.num_envs, **self._settings)
 
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None

@@ -3,17 +3,33 @@
 import gymnasium
 import numpy as np
 
+from worldgym.actions import ActionSpec
 from worldgym.data.starts import StartBank
 from worldgym.envs.tasks import Task
 from worldgym.models import nano
+from worldgym.models.codec import CodecConfig
+
+
+def tiny_folder(folder):
+    """A world folder of random weights whose real twin is ``Corridor-v0``."""
+    cfg = nano.NanoConfig(
+        name="tiny", action=ActionSpec.discrete(3), wan=nano.TINY_WAN, window=5, outcome_frames=2,
+        codec=CodecConfig(frame_hw=(32, 32), channels=4, width=8, deep_width=16), outcome_width=8)
+    nano.save(nano.fresh(cfg), folder, {"task": {"horizon": 12, "twin": "Corridor-v0"}})
+    bank(nano.load(folder)).save(folder / "starts.safetensors")
+    return folder
+
+
+def bank(world):
+    """Eight one-frame starts."""
+    frames = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3)).astype(np.uint8)
+    return StartBank.from_frames(world.encode, frames, np.zeros(8, np.int64))
 
 
 def tiny_task(**changes):
     """A task over a tiny random world; pays 1 a step, ends by its own head."""
     world = nano.tiny()
-    frames = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3)).astype(np.uint8)
-    bank = StartBank.from_frames(world.encode, frames, np.zeros(8, np.int64))
-    settings = {"world": world, "starts": bank, "horizon": 12, "name": "tiny", **changes}
+    settings = {"world": world, "starts": bank(world), "horizon": 12, "name": "tiny", **changes}
     return Task(**settings)
 
 
@@ -43,3 +59,7 @@ class Corridor(gymnasium.Env):
         self.t += 1
         ended = self.at <= 0 or self.at >= self.size - 1
         return self._frame(), 1.0, bool(ended), bool(not ended and self.t >= 40), {}
+
+
+if "Corridor-v0" not in gymnasium.registry:
+    gymnasium.register("Corridor-v0", entry_point=Corridor)

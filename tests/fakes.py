@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from worldgym.envs.tasks import Task
 
 from worldgym.actions import ActionSpec
+from worldgym.envs.tasks import Task
 from worldgym.errors import SlotError, StateError
 from worldgym.spec import WorldSpec
 from worldgym.state import Starts
@@ -193,9 +193,8 @@ class FakeBank:
     def __len__(self):
         return len(self.latents)
 
-    def sample(self, seed, episode):
-        return int(np.random.default_rng(np.random.SeedSequence([seed, episode, 9])).integers(
-            len(self)))
+    def sample(self, seeds, episodes):
+        return (np.asarray(seeds) * 7 + np.asarray(episodes) * 3 + 1) % len(self)
 
     def gather(self, indices):
         n = len(indices)
@@ -220,6 +219,33 @@ def fake_task(kind="discrete", frames=1, max_steps=None, bank=10, **changes):
     task = Task(world=FakeWorld(kind, frames, max_steps), starts=FakeBank(bank), spread=fake_spread,
                 name="fake")
     return replace(task, **{"horizon": 50, **changes})
+
+
+def nano_task(frames_seed=0, **changes):
+    """A task over a tiny nano world with random weights and random start frames."""
+    from worldgym.data.starts import StartBank
+    from worldgym.models import nano
+
+    world = nano.tiny()
+    rng = np.random.default_rng(frames_seed)
+    small = rng.integers(0, 256, (4, 4, 4, 3), np.uint8)
+    bank = StartBank.from_frames(world.encode, small.repeat(8, 1).repeat(8, 2),
+                                 np.zeros(4, np.int64))
+    return Task(world=world, starts=bank, name="tiny", **{"horizon": 12, **changes})
+
+
+def nano_env(render_mode=None, **settings):
+    """Factory of a ``DreamEnv`` over the tiny nano world."""
+    from worldgym.envs.make import make_dream
+
+    return make_dream(nano_task(), render_mode=render_mode, **settings)
+
+
+def nano_vector(num_envs=3, **settings):
+    """Factory of a ``DreamVectorEnv`` over the tiny nano world."""
+    from worldgym.envs.make import make_dream_vector
+
+    return make_dream_vector(nano_task(), num_envs, **settings)
 
 
 def fake_env(render_mode=None, kind="discrete", frames=1, **settings):

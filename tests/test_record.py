@@ -9,11 +9,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+
 from worldgym.agents.scripted import parse_policy
+from worldgym.data.store import Episodes
 from worldgym.envs.record import collect
 from worldgym.envs.spaces import action_spec
-
-from worldgym.data.store import Episodes
 from worldgym.errors import ActionError, ConfigError, DatasetError
 
 

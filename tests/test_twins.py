@@ -6,9 +6,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+
 from worldgym.envs import twins
 from worldgym.envs.twins import ImageObservation, RealBatch, real_env, real_env_factory
-
 from worldgym.errors import ClosedError, ConfigError, ResetNeeded, ShapeError, SlotError
 
 pytest.importorskip("cv2")

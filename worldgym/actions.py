@@ -118,7 +118,7 @@ class ActionSpec:
         return array.astype(self.dtype)
 
     def encode(self, actions: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
-        """Features (n, A) float32 of checked actions (n, *shape); rows with ``null`` get the flag."""
+        """Features (n, A) float32 of checked actions (n, *shape); ``null`` rows get the flag."""
         flat = np.asarray(actions).reshape(len(actions), -1)
         if self.kind == "box":
             low, high = np.asarray(self.low), np.asarray(self.high)

@@ -73,7 +73,8 @@ class World:
                               expected="1 latent frame per step", fix="set latents_per_chunk=1")
         self.spec, self.device = spec, torch.device(device)
         self.codec, self.dynamics, self.outcome = codec, dynamics, outcome
-        self.schedule, self.context_t, self.fingerprint = schedule, 1000 * context_noise, fingerprint
+        self.schedule, self.context_t = schedule, 1000 * context_noise
+        self.fingerprint = fingerprint
         cfg = dynamics.cfg.wan
         _, h, w = spec.latent_chw
         tokens = (h // cfg.patch_size[1]) * (w // cfg.patch_size[2])
@@ -108,29 +109,31 @@ class World:
 
         All frames of the start but the last go into memory now; nothing is generated.
         """
-        latents, features = self._check_starts(starts)
+        latents, features, length_B = self._check_starts(starts)
         b, k = latents.shape[:2]
         counters = {"seed_B": _integers(seeds, b, "seeds"),
-                    "episode_B": _integers([0] * b if episodes is None else episodes, b, "episodes"),
+                    "episode_B": _integers([0] * b if episodes is None else episodes, b,
+                                           "episodes"),
                     "step_B": np.zeros(b, np.int64), "branch_B": np.zeros(b, np.int64),
-                    "index_B": starts.length_B.astype(np.int64) - 1,
-                    "lengths_B": np.minimum(starts.length_B, self.history).astype(np.int64)}
+                    "index_B": length_B - 1, "lengths_B": np.minimum(length_B, self.history)}
         tables = Tables.empty(b)
         if k > 1:
-            index = np.arange(k - 1)[None] - (k - starts.length_B)[:, None]
+            index = np.arange(k - 1)[None] - (k - length_B)[:, None]
             index = np.where(index >= 0, index, -1)
             there = torch.from_numpy(index >= 0).to(latents)[:, None, :, None, None]
             past = latents[:, :-1].transpose(1, 2) * there
             block = Block(index, {"cond_BFD": self._condition(features[:, :-1]),
                                   "recent_BRFhw": before(past, self.dynamics.cfg.recent)})
             tables = self.stepper.prefill(past, self.context_t, block)
-        # before the start there is nothing: the oldest real frame stands in for what heads read
-        reach = np.maximum(np.arange(k - self.history, k)[None], (k - starts.length_B)[:, None])
-        rows = torch.arange(b, device=self.device)[:, None]
-        history = latents[rows, torch.from_numpy(reach).to(self.device)]
-        state = WorldState(self.pool, self.fingerprint, tables, history, features[:, -1], counters)
-        self.pool.decref(tables.pages_BP)
-        return state
+        try:
+            # before the start there is nothing: the oldest real frame stands in for what heads read
+            reach = np.maximum(np.arange(k - self.history, k)[None], (k - length_B)[:, None])
+            rows = torch.arange(b, device=self.device)[:, None]
+            history = latents[rows, torch.from_numpy(reach).to(self.device)]
+            return WorldState(self.pool, self.fingerprint, tables, history, features[:, -1],
+                              counters)
+        finally:  # the state holds the pages now, or nobody does
+            self.pool.decref(tables.pages_BP)
 
     def restart(self, state: WorldState, slots: object, starts: Starts,
                 seeds: Sequence[int] | None = None,
@@ -139,13 +142,13 @@ class World:
 
         Default: the slots' seeds stay and their episode numbers count up.
         """
-        state.check(self.fingerprint)
+        state.check(self.fingerprint, self.pool)
         index = check_slots(slots, state.num_slots)
+        if len(starts) != len(index):
+            raise ShapeError("number of starts", given=len(starts), expected=len(index),
+                             fix="give one start for every slot to reset")
         fresh = self.begin(starts, state.seed_B[index] if seeds is None else seeds,
                            state.episode_B[index] + 1 if episodes is None else episodes)
-        if fresh.num_slots != len(index):
-            raise ShapeError("number of starts", given=fresh.num_slots, expected=len(index),
-                             fix="give one start for every slot to reset")
         return state.replace(index, fresh)
 
     # -- step --------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ class World:
         Returns:
             The next state and the chunk; the given state stays as it was and usable.
         """
-        state.check(self.fingerprint)
+        state.check(self.fingerprint, self.pool)
         index = check_slots(slots, state.num_slots)
         raw = np.asarray(actions)
         if per_frame:
@@ -180,18 +183,20 @@ class World:
         keys = state.keys_B4
         end_B, rewards_B2 = self._outcome(state, action_BA)
         latents, tables = self._generate(state, action_BA, keys)
-        draw = uniform(keys, PASSES["end"], 1).numpy()[:, 0]
-        chance = end_B.double().cpu().numpy()
-        terminated = draw < chance
-        rewards = rewards_B2.cpu().numpy()
-        reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)
-        history = torch.cat([state.history_BKChw[:, 1:], latents[:, None]], 1)
-        counters = {
-            "index_B": state.index_B + 1, "step_B": state.step_B + 1,
-            "lengths_B": np.minimum(state.lengths_B + 1, self.history),
-            "seed_B": state.seed_B, "episode_B": state.episode_B, "branch_B": state.branch_B}
-        new = WorldState(self.pool, self.fingerprint, tables, history, action_BA, counters)
-        self.pool.decref(_unowned(tables, state.tables))
+        try:
+            draw = uniform(keys, PASSES["end"], 1).numpy()[:, 0]
+            chance = end_B.double().cpu().numpy()
+            terminated = draw < chance
+            rewards = rewards_B2.cpu().numpy()
+            reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)
+            history = torch.cat([state.history_BKChw[:, 1:], latents[:, None]], 1)
+            counters = {
+                "index_B": state.index_B + 1, "step_B": state.step_B + 1,
+                "lengths_B": np.minimum(state.lengths_B + 1, self.history),
+                "seed_B": state.seed_B, "episode_B": state.episode_B, "branch_B": state.branch_B}
+            new = WorldState(self.pool, self.fingerprint, tables, history, action_BA, counters)
+        finally:  # the new state holds the pages now, or nobody does
+            self.pool.decref(_unowned(tables, state.tables))
         chunk = Chunk(np.arange(len(keys)), latents[:, None], reward, terminated, chance,
                       np.zeros(len(keys), np.int64), decode=self.decode)
         return new, chunk
@@ -215,7 +220,11 @@ class World:
             state.tables, state.latents_BCHW[:, :, None], self.context_t, last,
             x, self.schedule.timesteps[0], new,
             {"cond_BFD": torch.cat([pending, cond], 1), "recent_BRFhw": recent})
-        x0 = few_step(self.stepper, x, self.schedule, noise, attend, new, flow)
+        try:
+            x0 = few_step(self.stepper, x, self.schedule, noise, attend, new, flow)
+        except BaseException:
+            self.pool.decref(_unowned(tables, state.tables))
+            raise
         return x0[:, :, 0], tables
 
     def _recent(self, state: WorldState) -> Tensor:
@@ -245,8 +254,9 @@ class World:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, 4 - len(rows))))
         return self.dynamics.condition(rows)[:b * f].unflatten(0, (b, f))
 
-    def _check_starts(self, starts: Starts) -> tuple[Tensor, Tensor]:
-        latents = starts.latents_BKChw
+    def _check_starts(self, starts: Starts) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Latents and action features on the device, and lengths, or a named error."""
+        latents, action = torch.as_tensor(starts.latents_BKChw), self.spec.action
         if latents.ndim != 5 or tuple(latents.shape[2:]) != tuple(self.spec.latent_chw) or not len(
                 latents):
             raise ShapeError("start latents have the wrong shape", given=tuple(latents.shape),
@@ -259,34 +269,42 @@ class World:
         if not bool(torch.isfinite(latents).all()):
             raise NotFiniteError("start latents are not finite", given="NaN or infinity",
                                  expected="finite latents", fix="check the start bank")
-        lengths = np.asarray(starts.length_B)
-        if lengths.shape != (b,) or lengths.min() < 1 or lengths.max() > k:
-            raise ShapeError("start lengths", given=lengths.tolist(),
-                             expected=f"{b} integers in [1, {k}]", fix="every start has a frame")
         if k > self.spec.context_frames + 1:
             raise ShapeError("start is too long", given=f"{k} frames",
                              expected=f"at most {self.spec.context_frames + 1}",
                              fix="keep the newest frames only")
-        flat = np.asarray(starts.actions).reshape(b * k, *self.spec.action.shape)
-        null = np.asarray(starts.null_BK).reshape(-1)
-        absent = (np.arange(k)[None] < (k - lengths)[:, None]).reshape(-1)
-        safe = flat.copy()
-        safe[null | absent] = self.spec.action.start if self.spec.action.kind != "box" else 0
-        usable = ~(null | absent)
-        if usable.any():
-            self.spec.action.check(flat[usable])
-        features = self._features(safe, null | absent).unflatten(0, (b, k))
-        return latents.to(self.device, torch.float32), features
+        length_B, null = np.asarray(starts.length_B), np.asarray(starts.null_BK)
+        if (length_B.shape != (b,) or length_B.dtype.kind not in "iu" or length_B.min() < 1
+                or length_B.max() > k):
+            raise ShapeError("start lengths", given=length_B.tolist(),
+                             expected=f"{b} integers in [1, {k}]", fix="every start has a frame")
+        actions = np.asarray(starts.actions)
+        for name, array, shape in (("actions", actions, (b, k, *action.shape)),
+                                   ("null flags", null, (b, k))):
+            if array.shape != shape:
+                raise ShapeError(f"start {name} have the wrong shape", given=array.shape,
+                                 expected=shape, fix="give one for every frame of every start")
+        length_B = length_B.astype(np.int64)
+        absent = np.arange(k)[None] < (k - length_B)[:, None]
+        unused = (null.astype(bool) | absent).reshape(-1)
+        flat = np.zeros((b * k, *action.shape), action.dtype)  # unused rows become the null action
+        if not unused.all():
+            flat[~unused] = action.check(actions.reshape(flat.shape)[~unused])
+        features = self._features(flat, unused).unflatten(0, (b, k))
+        return latents.to(self.device, torch.float32), features, length_B
 
 
 def _unowned(new: Tables, old: Tables) -> np.ndarray:
-    """Pages of ``new`` that ``old`` does not hold: freshly written, still on their first reference."""
+    """Pages of ``new`` that ``old`` does not hold: just written, on their first reference."""
     pages = new.pages_BP[new.pages_BP >= 0]
     return pages[~np.isin(pages, old.pages_BP)]
 
 
 def _integers(values: Sequence[int], count: int, name: str) -> np.ndarray:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # ragged
+        array = np.zeros(0)
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise StateError(f"{name} do not fit", given=values, expected=f"{count} integers",
                          fix=f"give one integer for every slot in {name}")

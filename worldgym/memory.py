@@ -7,6 +7,7 @@ index at which they were written: rotations compose, so a policy that moves a pa
 turns it by the difference only (``PagedAttend`` with ``move_BP``).
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +48,7 @@ class PagePool:
         self.refs = np.zeros(0, np.int64)
         self.sealed = np.zeros(0, bool)
         self._free: list[int] = []
+        self._dropped: deque[np.ndarray] = deque()
         self._buffers: dict[tuple, Tensor] = {}
         if pages:
             self._grow(pages)
@@ -58,7 +60,9 @@ class PagePool:
         for store in (self.k, self.v):
             for layer, tensor in enumerate(store):
                 # NaN: a page that is read before it is written shows at once
-                fresh = torch.full((capacity - old, *tensor.shape[1:]), float("nan"),
+                # (a layer may have grown already, if the last attempt ran out of memory)
+                more = max(0, capacity - len(tensor))
+                fresh = torch.full((more, *tensor.shape[1:]), float("nan"),
                                    dtype=tensor.dtype, device=self.device)
                 store[layer] = torch.cat([tensor, fresh])
         self.refs = np.concatenate([self.refs, np.zeros(capacity - old, np.int64)])
@@ -67,6 +71,7 @@ class PagePool:
 
     def alloc(self, n: int) -> np.ndarray:
         """``n`` unwritten pages with one reference each."""
+        self._settle()
         if len(self._free) < n:
             need = len(self.refs) + n - len(self._free)
             if self.max_pages is not None and need > self.max_pages:
@@ -83,22 +88,41 @@ class PagePool:
 
     def incref(self, ids: np.ndarray) -> None:
         """One more reference per occurrence; entries below 0 are padding."""
-        np.add.at(self.refs, ids[ids >= 0], 1)
+        ids = ids[ids >= 0]
+        self._need_held(ids, "page used after its release")
+        np.add.at(self.refs, ids, 1)
 
     def decref(self, ids: np.ndarray) -> None:
         """One reference less per occurrence; pages without any go back to the pool."""
-        ids = ids[ids >= 0]
-        np.subtract.at(self.refs, ids, 1)
-        done = np.unique(ids[self.refs[ids] <= 0])
-        if (self.refs[done] < 0).any():
+        ids, times = np.unique(ids[ids >= 0], return_counts=True)
+        left = self.refs[ids] - times
+        if (left < 0).any():  # nothing has changed yet
             raise TransactionError(
-                "page released twice", given=f"pages {done[:4].tolist()}",
+                "page released twice", given=f"pages {ids[left < 0][:4].tolist()}",
                 expected="a reference for every release", fix="report this with the call sequence",
             )
-        self._free.extend(done.tolist())
+        self.refs[ids] = left
+        self._free.extend(ids[left == 0].tolist())
+
+    def drop(self, ids: np.ndarray) -> None:
+        """``decref`` for finalizers: these may run in the middle of any other call of the pool."""
+        self._dropped.append(ids)
+
+    def _settle(self) -> None:
+        while self._dropped:
+            self.decref(self._dropped.popleft())
+
+    def _need_held(self, ids: np.ndarray, what: str) -> None:
+        """Raise unless every one of these pages has a reference."""
+        lost = ids[self.refs[ids] < 1]
+        if len(lost):
+            raise TransactionError(what, given=f"pages {lost[:4].tolist()}",
+                                   expected="pages that somebody holds",
+                                   fix="report this with the call sequence")
 
     def write(self, ids: np.ndarray, layer: int, k_BTNE: Tensor, v_BTNE: Tensor) -> None:
         """Write one layer of the pages ``ids`` (row-major over slots and frames); once only."""
+        self._need_held(ids, "page written after its release")
         if self.sealed[ids].any():
             raise TransactionError(
                 "page written twice", given=f"pages {ids[:4].tolist()}",
@@ -121,6 +145,8 @@ class PagePool:
         name, valid until the next gather into it; saves allocating the whole context every step.
         """
         (b, p), spec = pages_BP.shape, self.spec
+        if not len(store):  # nothing but padding, and no page yet that could stand in for it
+            store = store.new_zeros((1, *store.shape[1:]))
         rows = p * spec.tokens + own_BTNE.shape[1]
         shape = (b, rows, spec.heads, spec.head_dim)
         if buffer is None or torch.is_grad_enabled():
@@ -140,6 +166,7 @@ class PagePool:
 
     def stats(self) -> dict[str, int]:
         """Pages in use, free pages, capacity and bytes."""
+        self._settle()
         free = len(self._free)
         return {"pages_used": len(self.refs) - free, "pages_free": free,
                 "capacity": len(self.refs), "bytes": len(self.refs) * self.spec.nbytes}
@@ -243,7 +270,7 @@ class Tables:
 
 
 class PagedAttend:
-    """An ``attend`` for the DiT: the block's frames see chosen pages and chosen frames of the block.
+    """An ``attend`` for the DiT: a block's frames see chosen pages and chosen frames of the block.
 
     Args:
         pool: where the pages lie.
@@ -291,6 +318,7 @@ class PagedAttend:
         frequency = torch.cat([axis_frequencies(pairs[0]), torch.zeros(pairs[1] + pairs[2])])
         angle = torch.from_numpy(move_BP).double()[..., None] * frequency
         angle = angle.repeat_interleave(spec.tokens, 1)
+        angle = angle.to(self.pool.device)
         return cos_sin(torch.polar(torch.ones_like(angle), angle), spec.dtype)
 
     def __call__(self, layer: int, q_BTNE: Tensor, k_BTNE: Tensor, v_BTNE: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of worlds and their lazy Gymnasium registration (no torch, no Gymnasium class loaded)."""
+"""The table of worlds and their lazy Gymnasium registration (loads no torch)."""
 
 # id -> (entry point of the single env, entry point of the native vector env)
 ENVS = {

@@ -6,7 +6,8 @@ environments (the cache pass of the last block rides along with the first denois
 next: same numbers, one network call less).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,15 +70,26 @@ class CausalStepper:
         t_Bn = torch.full((len(x_BCnHW), block.frames), t, device=x_BCnHW.device)
         return self._call(x_BCnHW, t_Bn, attend, block.index_Bn, block.given)
 
-    def commit(self, kept: Tables, x_BCnHW: Tensor, t: float, block: Block) -> tuple[Tables, Tensor]:
+    def commit(self, kept: Tables, x_BCnHW: Tensor, t: float,
+               block: Block) -> tuple[Tables, Tensor]:
         """The cache pass: write the keys and values of clean frames; returns (tables, flow).
 
         The new pages hold one reference, the caller's.
         """
         ids = self.pool.alloc(block.index_Bn.size).reshape(block.index_Bn.shape)
-        flow = self.flow(x_BCnHW, t, self._attend(kept, block, ids), block)
+        with self._or_give_back(ids):
+            flow = self.flow(x_BCnHW, t, self._attend(kept, block, ids), block)
         self.pool.seal(ids.ravel())
         return kept.append(ids, block.index_Bn), flow
+
+    @contextmanager
+    def _or_give_back(self, ids: np.ndarray) -> Iterator[None]:
+        """Pages allocated for a network call go back to the pool if it fails or is interrupted."""
+        try:
+            yield
+        except BaseException:
+            self.pool.decref(ids)
+            raise
 
     def prefill(self, x_BCKHW: Tensor, t: float, block: Block) -> Tables:
         """Cache pass over a whole start clip at once; entries of ``index_Bn`` below 0 are absent.
@@ -95,8 +107,9 @@ class CausalStepper:
             seen_BP = np.concatenate([np.where(kept, seen_BP, -1), index[:, frame:frame + 1]], 1)
         ids = np.full((b, k), -1, np.int64)
         ids[present] = self.pool.alloc(int(present.sum()))
-        attend = PagedAttend(self.pool, Tables.empty(b), sees, 0, ids)
-        self.flow(x_BCKHW, t, attend, block)
+        with self._or_give_back(ids):
+            attend = PagedAttend(self.pool, Tables.empty(b), sees, 0, ids)
+            self.flow(x_BCKHW, t, attend, block)
         self.pool.seal(ids[present])
         every = Tables(ids, np.where(present, index, -1))
         kept = every.keep(seen_BP >= 0)
@@ -114,22 +127,23 @@ class CausalStepper:
         n, b = new.frames, len(x_BCnHW)
         kept = self.context(tables, last.frames)
         p = kept.pages_BP.shape[1]
-        ids = self.pool.alloc(last.index_Bn.size).reshape(last.index_Bn.shape)
-        joint = Tables(np.concatenate([kept.pages_BP, ids], 1),
-                       np.concatenate([kept.frames_BP, last.index_Bn], 1))
-        seen = self.policy.select(joint.frames_BP, n)
+        frames_BP = np.concatenate([kept.frames_BP, last.index_Bn], 1)
+        seen = self.policy.select(frames_BP, n)
         sees = np.zeros((b, last.frames + n, p + last.frames + n), bool)
         sees[:, :last.frames, :p + last.frames] = True
         sees[:, last.frames:, :p + last.frames] = seen[:, None]
         sees[:, last.frames:, p + last.frames:] = True
-        attend = PagedAttend(self.pool, kept, sees, self._columns(last.frames), ids, reuse=True)
-        x = torch.cat([last_BCnHW, x_BCnHW], 2)
-        t_BF = torch.full((b, last.frames + n), t, device=x.device)
-        t_BF[:, :last.frames] = last_t
-        index = np.concatenate([last.index_Bn, new.index_Bn], 1)
-        flow = self._call(x, t_BF, attend, index, given)[:, :, last.frames:]
+        ids = self.pool.alloc(last.index_Bn.size).reshape(last.index_Bn.shape)
+        with self._or_give_back(ids):
+            attend = PagedAttend(self.pool, kept, sees, self._columns(last.frames), ids, reuse=True)
+            x = torch.cat([last_BCnHW, x_BCnHW], 2)
+            t_BF = torch.full((b, last.frames + n), t, device=x.device)
+            t_BF[:, :last.frames] = last_t
+            index = np.concatenate([last.index_Bn, new.index_Bn], 1)
+            flow = self._call(x, t_BF, attend, index, given)[:, :, last.frames:]
         self.pool.seal(ids.ravel())
         self.pool.decref(ids[~seen[:, p:]])
+        joint = Tables(np.concatenate([kept.pages_BP, ids], 1), frames_BP)
         return joint.keep(seen), flow, attend.again(n)
 
 
@@ -144,6 +158,7 @@ def few_step(stepper: CausalStepper, x_BCnHW: Tensor, schedule: FewStep,
         attend: the first pass's ``attend``, or that of the later ones if ``first_flow`` is given.
         first_flow: the flow of the first pass, if it was computed already.
     """
+    x0 = x_BCnHW
     for i, (t, sigma) in enumerate(zip(schedule.timesteps, schedule.sigmas, strict=True)):
         if i:
             x_BCnHW = schedule.next_input(x0, renoise(i), i - 1)

@@ -23,9 +23,9 @@ FORMAT = 1
 class Starts:
     """Where episodes begin: up to K real frames per slot; the last is the frame ``reset`` returns.
 
-    ``latents_BKChw``: normalised latents, oldest first, right-aligned; ``actions_BK...``: the action
-    that led to each frame, in the world's action layout; ``null_BK``: no action led to it (first
-    frame of an episode); ``length_B``: how many of the K frames are there.
+    ``latents_BKChw``: normalised latents, oldest first, right-aligned; ``actions``: (B, K, ...)
+    the action that led to each frame, in the world's action layout; ``null_BK``: no
+    action led to it (first frame of an episode); ``length_B``: how many of the K frames are there.
     """
 
     latents_BKChw: Tensor
@@ -47,7 +47,10 @@ def check_slots(slots: object, count: int) -> np.ndarray:
     """``slots`` as a non-empty array of distinct slot numbers in [0, count), or SlotError."""
     if slots is None:
         return np.arange(count)
-    array = np.asarray(slots)
+    try:
+        array = np.asarray(slots)
+    except ValueError:  # ragged
+        array = np.zeros(0)
     if array.dtype == bool and array.shape == (count,):
         array = np.flatnonzero(array)
     ok = array.ndim == 1 and array.size > 0 and array.dtype.kind in "iu"
@@ -62,9 +65,9 @@ def check_slots(slots: object, count: int) -> np.ndarray:
 class WorldState:
     """An immutable batch of slots.
 
-    Fields (one row per slot): ``tables`` (memory), ``history_BKChw`` (the newest K latents, the last
-    is the current frame; what heads and observations read), ``lengths_B`` (how many of them are
-    real), ``pending_BA`` (action features of the current frame, not yet in memory), ``index_B``
+    Fields (one row per slot): ``tables`` (memory), ``history_BKChw`` (the newest K latents, the
+    last is the current frame; what heads and observations read), ``lengths_B`` (how many of them
+    are real), ``pending_BA`` (action features of the current frame, not yet in memory), ``index_B``
     (absolute index of the current frame), ``seed_B``, ``episode_B``, ``step_B``, ``branch_B``
     (the noise key), ``fingerprint`` (which world it belongs to).
     """
@@ -78,7 +81,7 @@ class WorldState:
         for array in (*counters.values(), tables.pages_BP, tables.frames_BP):
             array.setflags(write=False)
         pool.incref(tables.pages_BP)
-        self._finalizer = weakref.finalize(self, pool.decref, tables.pages_BP)
+        self._finalizer = weakref.finalize(self, pool.drop, tables.pages_BP)
 
     def __getattr__(self, name: str) -> np.ndarray:
         try:
@@ -110,14 +113,18 @@ class WorldState:
         """False after ``release``."""
         return self._finalizer.alive
 
-    def check(self, fingerprint: str) -> None:
-        """Raise StateError unless this state is alive and belongs to that world."""
+    def check(self, fingerprint: str, pool: PagePool | None = None) -> None:
+        """Raise StateError unless this state is alive and belongs to that world (and its pool)."""
         if not self.alive:
             raise StateError("state was released", given=repr(self), expected="a live state",
                              fix="keep a snapshot() of states you still need")
         if fingerprint != self.fingerprint:
             raise StateError("state of another world", given=self.fingerprint,
                              expected=fingerprint, fix="load the world that made this state")
+        if pool is not None and pool is not self.pool:
+            raise StateError("state of another world object", given="pages of another pool",
+                             expected="a state that this object made or loaded",
+                             fix="save() the state and load it into this world object")
 
     def release(self) -> None:
         """Give the pages back now rather than when Python forgets the state. Safe to repeat."""
@@ -220,8 +227,8 @@ class WorldState:
             raise CheckpointError("not a state file", given=f"{path}: {header}",
                                   expected=f"a worldgym.state file of format {FORMAT}",
                                   fix="write it with WorldState.save")
-        if header["fingerprint"] != world.fingerprint:
-            raise StateError("state of another world", given=header["fingerprint"],
+        if header.get("fingerprint") != world.fingerprint:
+            raise StateError("state of another world", given=header.get("fingerprint"),
                              expected=world.fingerprint, fix="load the world that made this state")
         pool: PagePool = world.pool
         try:
@@ -236,7 +243,7 @@ class WorldState:
             raise CheckpointError("state file lacks a tensor", given=f"{path} without {error}",
                                   expected="all tensors of a saved state",
                                   fix="save the state again") from error
-        _check_state_shapes(path, world, local, frames, history, pending, counters, pages, count)
+        _check_tensors(path, world, tensors, count)
         ids = pool.alloc(count)
         try:
             for layer, (k, v) in enumerate(pages):
@@ -249,16 +256,30 @@ class WorldState:
             pool.decref(ids)
 
 
-def _check_state_shapes(path, world, local, frames, history, pending, counters, pages,
-                        count) -> None:
-    spec, slots = world.pool.spec, len(history)
+def _check_tensors(path: str | Path, world, tensors: dict[str, Tensor], count: int) -> None:
+    """Refuse a state file whose tensors have a wrong shape, dtype, page number or NaN."""
+    spec, slots = world.pool.spec, len(tensors["step_B"])
     page = (count, spec.tokens, spec.heads, spec.head_dim)
-    wants = {"history": (tuple(history.shape[2:]), tuple(world.spec.latent_chw)),
-             "pending": (tuple(pending.shape), (slots, world.spec.action.features)),
-             "tables": (frames.shape, local.shape), "pages": (tuple(pages[0][0].shape), page),
-             "counters": ({len(v) for v in counters.values()}, {slots}),
-             "page numbers": (bool((local < count).all()), True)}
-    for name, (given, expected) in wants.items():
-        if given != expected:
-            raise CheckpointError(f"state file has misshaped {name}", given=f"{path}: {given}",
+    table = (slots, *tensors["tables.pages"].shape[1:])
+    wants = {name: (page, spec.dtype) for name in tensors if name.startswith("pages.")}
+    wants |= {name: ((slots,), torch.int64) for name in WorldState.COUNTERS}
+    wants |= {"history": ((slots, world.history, *world.spec.latent_chw), torch.float32),
+              "pending": ((slots, world.spec.action.features), torch.float32),
+              "tables.pages": (table, torch.int64), "tables.frames": (table, torch.int64)}
+    for name, expected in wants.items():
+        tensor = tensors[name]
+        if (tuple(tensor.shape), tensor.dtype) != expected:
+            raise CheckpointError(f"state file has misshaped {name}",
+                                  given=f"{path}: {tuple(tensor.shape)} {tensor.dtype}",
                                   expected=expected, fix="save the state again with this world")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"state file has NaN in {name}", given=path,
+                                  expected="finite values", fix="save the state again")
+    local, frames = tensors["tables.pages"], tensors["tables.frames"]
+    lengths = tensors["lengths_B"]
+    if (local.ndim != 2 or slots < 1 or bool((local >= count).any())
+            or bool(((local < 0) != (frames < 0)).any())
+            or bool(((lengths < 1) | (lengths > world.history)).any())):
+        raise CheckpointError("state file has impossible page or frame numbers", given=path,
+                              expected=f"pages in [0, {count - 1}], one frame number each",
+                              fix="save the state again with this world")

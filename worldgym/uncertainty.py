@@ -23,8 +23,11 @@ def fork_spread(world: World, state: WorldState, actions: object, forks: int = 4
     if forks < 2:
         raise ConfigError("spread of too few forks", given=forks, expected="at least 2",
                           fix="use 4")
+    checked = world.spec.action.check(actions, state.num_slots)
     copies = state.fork(forks, fresh=True)
-    _, chunk = world.step(copies, np.repeat(np.asarray(actions), forks, axis=0))
+    try:
+        _, chunk = world.step(copies, np.repeat(checked, forks, axis=0))
+    finally:
+        copies.release()
     latents = chunk.latents_BFChw.unflatten(0, (state.num_slots, forks))
-    copies.release()
     return latents.var(1).mean(dim=(1, 2, 3, 4)).sqrt().cpu().numpy().astype(np.float32)

@@ -116,17 +116,32 @@ def to_pixels(frames_BHWC: Tensor, frame_hw: tuple[int, int], device: torch.devi
     return frames_BHWC.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def codec_loss(model: nn.Module, pixels_BCHW: Tensor, median_CHW: Tensor, noise_BChw: Tensor,
-               emphasis: float = 8.0, average: Callable[[Tensor], Tensor] = lambda x: x,
-               ) -> tuple[Tensor, Tensor]:
-    """(weighted squared error + latent penalty, plain squared error on [-1, 1]).
+def emphasis(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
+    """Distance of each pixel from the recording's median frame (B, 1, H, W), in 0..2.
 
-    Pixels far from the recording's median frame weigh more: without this, small moving things
-    (a fireball is a few pixels of thousands) are the first to be dropped. ``average`` means a number
-    over the processes that share the batch.
+    What differs from the usual picture matters: without this, small moving things (a fireball is a
+    few pixels of thousands) are the first that a model drops.
+    """
+    return (pixels_BCHW - median_CHW).abs().amax(1, keepdim=True)
+
+
+def cell_weight(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
+    """The same for latent cells (B, h, w): 0.3 + 4 * mean square over 8x8 pixels, at most 1.5.
+
+    Without the bound the few frames full of an explosion outweigh all others.
+    """
+    near = F.avg_pool2d(emphasis(pixels_BCHW, median_CHW) ** 2, 8)[:, 0]
+    return (0.3 + 4 * near).clamp(max=1.5)
+
+
+def codec_loss(model: nn.Module, pixels_BCHW: Tensor, median_CHW: Tensor, noise_BChw: Tensor,
+               average: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor]:
+    """(squared error weighted by ``emphasis`` + latent penalty, plain squared error on [-1, 1]).
+
+    ``average`` means a number over the processes that share the batch.
     """
     drawn, z = model(pixels_BCHW, noise_BChw)
     error = (drawn - pixels_BCHW) ** 2
-    weight = 1 + emphasis * (pixels_BCHW - median_CHW).abs().amax(1, keepdim=True)
+    weight = 1 + 8 * emphasis(pixels_BCHW, median_CHW)
     loss = (weight * error).mean() / average(weight.mean()) + 1e-3 * (z**2).mean()
     return loss, error.detach().mean()

@@ -38,7 +38,8 @@ def patch_for(latent_chw: tuple[int, int, int]) -> int:
 def dit_config(channels: int, recent: int, width: int = 128, layers: int = 6,
                head: int = 32, patch: int = 2) -> WanConfig:
     """A small text-free DiT for ``channels`` latent channels and ``recent`` frames beside each."""
-    return WanConfig(dim=width, ffn_dim=4 * width, num_heads=max(1, width // head), num_layers=layers,
+    return WanConfig(dim=width, ffn_dim=4 * width, num_heads=max(1, width // head),
+                     num_layers=layers,
                      in_dim=channels * (1 + recent), out_dim=channels, freq_dim=width // 2,
                      text_len=0, patch_size=(1, patch, patch))
 
@@ -55,9 +56,9 @@ class NanoConfig:
     action: ActionSpec
     fps: float = 8.75
     codec: CodecConfig = field(default_factory=CodecConfig)
-    wan: WanConfig = field(default_factory=lambda: dit_config(8, 2))
-    recent: int = 2
-    window: int = 9
+    wan: WanConfig = field(default_factory=lambda: dit_config(8, 3))
+    recent: int = 3
+    window: int = 6
     sink: int = 0
     steps: tuple[float, ...] = (1000.0, 500.0)
     context_noise: float = 0.0

@@ -1,7 +1,8 @@
 """Fit a nano world to recorded episodes: codec, then dynamics, then outcome heads.
 
 Every part resumes from its checkpoint in ``out/training``; run the same command again after a
-kill, in the same way. Under torchrun each part trains on all processes. Shapes: B clip, F frame, R row of the data.
+kill, in the same way. Under torchrun each part trains on all processes.
+Shapes: B clip, F frame, R row of the data.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from worldgym.data.starts import StartBank
 from worldgym.data.store import Episodes
 from worldgym.errors import ConfigError, DatasetError
 from worldgym.models import nano
-from worldgym.models.codec import CodecConfig, codec_loss, to_pixels
+from worldgym.models.codec import CodecConfig, cell_weight, codec_loss, to_pixels
 from worldgym.models.dynamics import dynamics_loss
 from worldgym.models.nano import Nano, NanoConfig
 from worldgym.models.outcome import outcome_loss
@@ -31,9 +32,8 @@ from worldgym.train.distributed import Group
 from worldgym.train.loop import Loop, LoopConfig
 from worldgym.train.metrics import measure
 
-
 CODEC_BATCH, OUTCOME_BATCH = 32, 128  # frames, transitions
-SIZES = {"width": 128, "layers": 6, "window": 9, "steps": (1000.0, 500.0)}
+SIZES = {"width": 128, "layers": 6, "window": 6, "steps": (1000.0, 500.0)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,18 +54,19 @@ class FitConfig:
     out: str
     init: str | None = None
     name: str | None = None
-    codec_iterations: int = 3200
-    dynamics_iterations: int = 6000
+    codec_iterations: int = 2000
+    dynamics_iterations: int = 5000
+    alone_share: float = 0.7  # of the dynamics iterations: recent frames only, three times faster
     outcome_iterations: int = 3000
-    batch: int = 24
-    clip: int = 10
+    batch: int = 64
+    clip: int = 8
     width: int | None = None
     layers: int | None = None
     window: int | None = None
     steps: tuple[float, ...] | None = None
-    dynamics_lr: float = 1e-3
-    outcome_noise: float = 0.15
-    starts: int = 1500
+    dynamics_lr: float = 2e-3
+    outcome_noise: float = 0.2
+    starts: int = 800
     holdout: float = 0.03
     keep_terminal_frames: bool = False
     quick: bool = False
@@ -99,7 +100,8 @@ class Fit:
                               given=f"batches {cfg.batch}, {CODEC_BATCH}, {OUTCOME_BATCH} over "
                                     f"{size} processes",
                               expected=f"a --batch that is a multiple of {size}, and 1, 2, 4, 8, "
-                                       "16 or 32 processes", fix="change --batch or --nproc_per_node")
+                                       "16 or 32 processes",
+                              fix="change --batch or --nproc_per_node")
         self.episodes = Episodes.open(cfg.data)
         if not len(self.episodes):
             raise DatasetError("no episodes to learn from", given=str(cfg.data),
@@ -124,7 +126,7 @@ class Fit:
             return self._started(name, given)
         size = SIZES | given
         codec = CodecConfig(frame_hw=tuple(data.frame_hw))
-        wan = nano.dit_config(codec.channels, 2, size["width"], size["layers"],
+        wan = nano.dit_config(codec.channels, 3, size["width"], size["layers"],
                               patch=nano.patch_for(codec.latent_chw))
         config = NanoConfig(
             name=name, action=data.action, fps=data.fps, wan=wan, codec=codec,
@@ -162,7 +164,7 @@ class Fit:
         cfg, short = self.cfg, 50 if self.cfg.quick else 10**9
         if not cfg.init:
             self._codec(min(cfg.codec_iterations, short))
-        self.latents = self._encode()
+        self.latents, self.weights = self._encode()
         self._dynamics(min(cfg.dynamics_iterations, short))
         self._outcome(min(cfg.outcome_iterations, short))
         if self.group.first:
@@ -185,12 +187,18 @@ class Fit:
         rows = np.concatenate([np.arange(s, s + n + 1) for s, n in zip(starts, steps, strict=True)])
         return rows[~self.episodes.take("terminated", rows)] if self.drop else rows
 
-    def _codec(self, iterations: int) -> None:
-        rows, batch, group = self._image_rows(self.train_ids), CODEC_BATCH, self.group
+    def _median(self) -> torch.Tensor:
+        """Median frame of the recording, as pixels (3, H, W)."""
+        rows = self._image_rows(self.train_ids)
         pick = np.random.default_rng((self.cfg.seed, 1)).choice(rows, min(400, len(rows)), False)
         median = np.median(self.episodes.take("frames", np.sort(pick)), axis=0).astype(np.uint8)
+        return to_pixels(torch.from_numpy(median)[None], self.nano.codec.cfg.frame_hw,
+                         self.group.device)[0]
+
+    def _codec(self, iterations: int) -> None:
+        rows, batch, group = self._image_rows(self.train_ids), CODEC_BATCH, self.group
         hw, device = self.nano.codec.cfg.frame_hw, group.device
-        median_CHW = to_pixels(torch.from_numpy(median)[None], hw, device)[0]
+        median_CHW = self._median()
         shape = self.nano.codec.cfg.latent_chw
 
         def sample(i: int) -> dict:
@@ -223,53 +231,62 @@ class Fit:
         codec.std.copy_(raw.std((0, 2, 3)).clamp_min(1e-3))
 
     @torch.no_grad()
-    def _encode(self) -> np.ndarray:
-        """Row-aligned latents (R, C, h, w) float16, cached in the training folder."""
-        codec, path, start = self.nano.codec, self.work / "latents.npy", time.perf_counter()
+    def _encode(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row-aligned latents (R, C, h, w) and cell weights (R, h, w), float16, cached on disk."""
+        codec, work, start = self.nano.codec, self.work, time.perf_counter()
         tag = f"{nano.value_fingerprint(self.nano, 'codec')}-{self.about['data']}"
-        mark = self.work / "latents.json"
+        mark = work / "latents.json"
         known = json.loads(mark.read_text()) if mark.exists() else {}
         if known.get("tag") != tag and self.group.first:
-            self.work.mkdir(parents=True, exist_ok=True)
+            work.mkdir(parents=True, exist_ok=True)
             mark.unlink(missing_ok=True)
-            part = self.work / "latents.part.npy"
-            shape = (self.episodes.rows, *codec.cfg.latent_chw)
-            store = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-            for first in tqdm(range(0, shape[0], 256), desc="encode", mininterval=5.0):
-                rows = np.arange(first, min(first + 256, shape[0]))
+            median_CHW, total = self._median(), self.episodes.rows
+            shapes = {"latents": codec.cfg.latent_chw, "weights": codec.cfg.latent_chw[1:]}
+            stores = {name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.float16,
+                                                      (total, *shape))
+                      for name, shape in shapes.items()}
+            for first in tqdm(range(0, total, 256), desc="encode", mininterval=5.0):
+                rows = np.arange(first, min(first + 256, total))
                 frames = torch.from_numpy(self.episodes.take("frames", rows))
-                store[rows[0]:rows[-1] + 1] = codec.encode(frames).cpu().numpy()
+                pixels = to_pixels(frames, codec.cfg.frame_hw, self.group.device)
+                stores["latents"][rows] = codec.encode(frames).cpu().numpy()
+                stores["weights"][rows] = cell_weight(pixels, median_CHW).cpu().numpy()
             known = {"tag": tag, "seconds": round(time.perf_counter() - start, 1)}
-            store.flush()
-            os.replace(part, path)
-            mark.write_text(json.dumps(known))
+            for store in stores.values():
+                store.flush()
+            mark.write_text(json.dumps(known))  # last: a kill before this encodes again
         self.group.barrier()
         self.seconds["encode"] = known.get("seconds", 0.0)
-        return np.load(path, mmap_mode="r")
+        latents, weights = (np.load(work / f"{name}.npy", mmap_mode="r")
+                            for name in ("latents", "weights"))
+        return latents, weights
 
     def _dynamics(self, iterations: int) -> None:
         cfg, group, device = self.cfg, self.group, self.group.device
         usable = self.episodes.lengths[self.train_ids].max() + 1
         clip = int(min(cfg.clip, max(usable, 2)))  # a longer one would only be filled up
-        sampler = ChunkSampler(
-            self.episodes, self.train_ids, clip, cfg.batch, cfg.seed, shortest=2,
+        alone = int(cfg.alone_share * iterations)
+        # clips with their memory cost three times as much: half as many of them
+        samplers = [ChunkSampler(
+            self.episodes, self.train_ids, clip, batch, cfg.seed, shortest=2,
             drop_terminal_frame=self.drop, rank=group.rank, world_size=group.size,
-            extra={"latents": self.latents})
-        rows = self._image_rows(self.train_ids)
-        some = np.sort(np.random.default_rng((cfg.seed, 4)).choice(rows, min(20_000, len(rows))))
-        mean = torch.from_numpy(self.latents[some].astype(np.float32).mean(0)).to(device)
+            extra={"latents": self.latents, "weights": self.weights})
+            for batch in (cfg.batch, max(group.size, cfg.batch // 2 // group.size * group.size))]
 
         def loss(model, data, generator):
             latents = torch.from_numpy(data["latents"].astype(np.float32)).to(device)
             actions = self._features(data["actions"], data["null"]).to(device)
-            valid = torch.from_numpy(data["valid"].astype(np.float32)).to(device)
-            return dynamics_loss(model, latents, actions, mean, valid, generator,
-                                 (group.rank, group.size), average=group.average)
+            weight = torch.from_numpy(data["weights"].astype(np.float32)).to(device)
+            weight = weight * torch.from_numpy(data["valid"].astype(np.float32)).to(device)[
+                ..., None, None]
+            return dynamics_loss(model, latents, actions, weight, generator,
+                                 (group.rank, group.size), alone=loop.iteration < alone,
+                                 average=group.average)
 
-        about = {"batch": cfg.batch, "clip": clip, "window": self.nano.cfg.window}
+        about = {"batch": cfg.batch, "clip": clip, "alone": alone, "window": self.nano.cfg.window}
         loop = self._loop("dynamics", iterations, about, lr=cfg.dynamics_lr, decay=0.3,
                           warmup=200, weight_decay=0.02, muon=True, ema=0.995)
-        loop.run(sampler, loss, cfg.tensorboard)
+        loop.run(lambda i: samplers[i >= alone](i), loss, cfg.tensorboard)
         self._finish(loop)
 
     def _features(self, actions: np.ndarray, null: np.ndarray) -> torch.Tensor:
