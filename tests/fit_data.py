@@ -19,7 +19,8 @@ def draw_actions(rng, spec, n):
         return rng.uniform(spec.low, spec.high, (n, *spec.shape)).astype(np.float32)
     if spec.kind == "multi_binary":
         return rng.integers(0, 2, (n, *spec.shape))
-    return rng.integers(0, spec.sizes if spec.shape else spec.sizes[0], (n, *spec.shape)) + spec.start
+    top = spec.sizes if spec.shape else spec.sizes[0]
+    return rng.integers(0, top, (n, *spec.shape)) + spec.start
 
 
 def make_store(path, action="discrete", hw=(32, 32), steps=(12, 9, 15, 7), ends=True, reward=1.0,

@@ -284,7 +284,8 @@ def test_k8_an_empty_pool_with_padded_columns(dit, reuse):
     step = stepper(dit, SinkWindow(4))
     x = video(2, 1)
     attend = PagedAttend(step.pool, Tables.empty(2), np.ones((2, 1, 1), bool), 3, reuse=reuse)
-    close(step.flow(x, 500.0, attend, block(0, 1, 2)), whole(dit, x, torch.ones(1, 1).bool(), 500.0))
+    every = whole(dit, x, torch.ones(1, 1).bool(), 500.0)
+    close(step.flow(x, 500.0, attend, block(0, 1, 2)), every)
     assert step.pool.stats()["capacity"] == 0
     flow = step.flow(x, 500.0, step.reader(Tables.empty(2), block(0, 1, 2)), block(0, 1, 2))
     assert torch.isfinite(flow).all()

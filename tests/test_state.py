@@ -126,7 +126,7 @@ def test_states_cannot_be_written_by_accident(world):
         with pytest.raises(ValueError, match="read-only"):
             array[:] = 0
     with pytest.raises(AttributeError):
-        state.no_such_thing
+        _ = state.no_such_thing
 
 
 def test_pages_go_back_with_release_or_forgetting(world):
@@ -147,7 +147,7 @@ def test_forgetting_a_cycle_inside_pool_calls_is_safe(world):
     gc.set_threshold(5, 100_000, 100_000)
     try:
         state = begin(world, 2)
-        for number in range(5):
+        for _ in range(5):
             loop = [state.fork(2)]
             loop.append(loop)
             state, _ = world.step(state, [0, 1])

@@ -126,7 +126,7 @@ def emphasis(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
 
 
 def cell_weight(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
-    """The same for latent cells (B, h, w): 0.3 + 0.8 d^2 of the farthest of 8x8 pixels, at most 1.5.
+    """The same for latent cells (B, h, w): 0.3 + 0.8 d^2 of the farthest of 8x8 pixels, up to 1.5.
 
     The farthest, not the mean: a fireball far away is two pixels. Without the bound the few frames
     full of an explosion outweigh all others.
