@@ -46,7 +46,7 @@ def test_snapshot_restores_and_survives_release(world):
     state, _ = play(world, begin(world), 3)
     kept, used = state.snapshot(), pages_used(world)
     assert kept is not state and all_bytes(kept) == all_bytes(state)
-    _, first = play(world, state, 4, 3)
+    first = play(world, state, 4, 3)[1]
     state.release()
     assert pages_used(world) == used  # shared, still held by the snapshot
     _, again = play(world, kept, 4, 3)

@@ -36,10 +36,23 @@ class _Member(nn.Module):
 
     def forward(self, near_BPN: Tensor, grid_hw: tuple[int, int], action_BA: Tensor) -> Tensor:
         # 3x3 convolutions written as matrix products: their bits do not depend on the batch
-        x = F.silu(self.inputs(near_BPN))
-        x = F.silu(self.middle(_neighbours(x.transpose(1, 2).unflatten(2, grid_hw))))
-        x = F.silu(self.hidden(torch.cat([x.flatten(1), action_BA], 1)))
-        return self.last(torch.cat([x, action_BA], 1))
+        x = F.silu(_linear(self.inputs, near_BPN))
+        x = _neighbours(x.transpose(1, 2).unflatten(2, grid_hw))
+        x = F.silu(_linear(self.middle, x))
+        x = F.silu(_linear(self.hidden, torch.cat([x.flatten(1), action_BA], 1)))
+        return _linear(self.last, torch.cat([x, action_BA], 1))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer, with bits that do not depend on a row's place in the batch.
+
+    Products with few outputs choose their code by the alignment of each row: rows of narrow
+    layers are padded with zeros to a multiple of 16 bytes.
+    """
+    pad = -x.shape[-1] % 4
+    if not pad or layer.out_features >= 24:
+        return layer(x)
+    return F.linear(F.pad(x, (0, pad)), F.pad(layer.weight, (0, pad)), layer.bias)
 
 
 def _neighbours(x_BChw: Tensor) -> Tensor:
