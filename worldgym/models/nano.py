@@ -60,7 +60,7 @@ class NanoConfig:
     recent: int = 3
     window: int = 6
     sink: int = 0
-    steps: tuple[float, ...] = (1000.0, 500.0)
+    steps: tuple[float, ...] = (1000.0, 850.0, 600.0)
     context_noise: float = 0.0
     end_scale: float = 1.0
     outcome_frames: int = 4
