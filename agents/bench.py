@@ -30,7 +30,8 @@ def bench(world: str, out: Path | None = None, *, slots: int = 64, seconds: floa
     from worldgym.envs.tasks import load_task
 
     if slots < 1 or seconds <= 0 or long < 200:
-        raise ConfigError("impossible measurement", given=f"{slots} slots, {seconds} s, {long} steps",
+        raise ConfigError("impossible measurement",
+                          given=f"{slots} slots, {seconds} s, {long} steps",
                           expected="slots >= 1, seconds > 0, long >= 200", fix="raise the numbers")
     task = load_task(world)
     rows = speed(task, plain_game(task), slots, seconds)
@@ -100,7 +101,8 @@ def speed(task: Any, make_game: Callable[[], Any], slots: int, seconds: float) -
     ratio, d, r = summary(dreams / reals), summary(dreams), summary(reals)
     note = f"{slots} slots, latent observations, frame_stack 4; measured in turn"
     return [
-        _row("dream_over_real_steps", ratio.mean, ci95=ratio.ci95, n=ratio.n, unit="ratio", note=note),
+        _row("dream_over_real_steps", ratio.mean, ci95=ratio.ci95, n=ratio.n, unit="ratio",
+             note=note),
         _row("dream_steps_per_s", d.mean, ci95=d.ci95, n=d.n, unit="steps/s", note=note),
         _row("real_steps_per_s", r.mean, ci95=r.ci95, n=r.n, unit="steps/s",
              note="the game alone: one process, 160x120, frame_skip 4, resets included"),

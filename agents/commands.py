@@ -86,11 +86,13 @@ class Fit:
 
     def run(self) -> None:
         """Fit."""
+        from worldgym.agents.games import remember_task
         from worldgym.train.fit import FitConfig, fit
 
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         folder = fit(FitConfig(**{k: v for k, v in given.items() if v is not None}))
-        print(f"world written to {folder}")
+        task = remember_task(self.data, folder)
+        print(f"world written to {folder}; real game {task['twin']}, horizon {task['horizon']}")
 
 
 @dataclass(kw_only=True)

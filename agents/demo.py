@@ -1,4 +1,4 @@
-"""``make demo``: an agent learns inside a learned world; then the real game says what it is worth."""
+"""``make demo``: an agent learns inside a learned world; the real game says what it is worth."""
 
 from __future__ import annotations
 

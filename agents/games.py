@@ -16,7 +16,7 @@ def game_maker(task: Any) -> Callable[[], Any]:
         ConfigError: the task has no real twin.
     """
     if task.twin is None:
-        raise ConfigError("this world has no real game to score in", given=f"{task.name}, twin None",
+        raise ConfigError("this world has no real game to score in", given=f"{task.name}, no twin",
                           expected="a task with a twin", fix="load_task(folder, twin='MyGame-v0')")
     from worldgym.envs.twins import real_env_factory
 
@@ -69,6 +69,26 @@ def record(env: str, out: Path, steps: int, policies: Sequence[str], *, seed: in
         policy = parse_policy(name, action, open_world)
         mix.append((name, share, lambda rng, policy=policy: policy))
     return collect(factory, out, steps=steps, policies=mix, seed=seed)
+
+
+def remember_task(data: str | Path, world: str | Path) -> dict[str, Any]:
+    """Write into a world's card which real game it was recorded from, and how long it plays.
+
+    ``load_task(world)`` then knows the twin, and a horizon: the longest recorded episode.
+    """
+    import json
+
+    from worldgym.agents.results import atomic_text
+    from worldgym.data.store import Episodes
+
+    episodes = Episodes.open(data)
+    recipe = dict(episodes.env).get("recipe", {})
+    card = Path(world) / "world.json"
+    content = json.loads(card.read_text())
+    task = {"twin": recipe.get("id"), "horizon": int(max(episodes.lengths)),
+            **content.get("task", {})}
+    atomic_text(card, json.dumps({**content, "task": task}, indent=1) + "\n")
+    return task
 
 
 def _share(text: str) -> tuple[str, float]:

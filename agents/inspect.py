@@ -13,8 +13,8 @@ def describe(path: str | Path) -> str:
     """A few lines on what ``path`` holds."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError("nothing to inspect", given=path, expected="an existing file or folder",
-                              fix="check the path")
+        raise CheckpointError("nothing to inspect", given=path,
+                              expected="an existing file or folder", fix="check the path")
     if path.is_dir():
         return _folder(path)
     if path.suffix == ".zip":

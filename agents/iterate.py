@@ -90,7 +90,7 @@ def _note(out: Path, done: list[Round]) -> None:
 
 def from_command(command: Any, fit_settings: dict[str, Any]) -> list[Round]:
     """``worldgym iterate``: the functions that ``iterate`` needs, made from the command line."""
-    from worldgym.agents.games import record
+    from worldgym.agents.games import record, remember_task
     from worldgym.data.store import Episodes
     from worldgym.envs.tasks import TASKS, load_task
     from worldgym.train.fit import FitConfig, fit
@@ -109,8 +109,10 @@ def from_command(command: Any, fit_settings: dict[str, Any]) -> list[Round]:
         return _steps(data)
 
     def refit(data: Path, new: Path, old: str | Path) -> Path:
-        return fit(FitConfig(**{"data": str(data), "out": str(new), "init": str(old),
-                                "seed": command.seed, **fit_settings}))
+        folder = fit(FitConfig(**{"data": str(data), "out": str(new), "init": str(old),
+                                  "seed": command.seed, **fit_settings}))
+        remember_task(data, folder)
+        return folder
 
     rounds = iterate(
         rounds=command.rounds, world=folder, data=command.data, out=command.out, collect=collect,

@@ -66,7 +66,7 @@ class Keeper:
         return final
 
     def restore(self, path: Path, model: Any, book: Bookkeeper) -> tuple[list[dict], float]:
-        """Bring ``model`` and its envs back to the checkpoint; returns learning curve and seconds."""
+        """Bring ``model`` and its envs back to the checkpoint; returns (curve, seconds)."""
         try:
             state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
             model.set_parameters(str(path / "agent.zip"))

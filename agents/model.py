@@ -47,7 +47,8 @@ def algorithm_class(name: str) -> type:
         raise MissingDependencyError("training needs Stable-Baselines3", given="not installed",
                                      expected="stable-baselines3",
                                      fix="pip install 'worldgym[rl]'")
-    raise ConfigError("unknown algorithm", given=repr(name), expected=f"one of {sorted(set(found))}",
+    raise ConfigError("unknown algorithm", given=repr(name),
+                      expected=f"one of {sorted(set(found))}",
                       fix="check the spelling; sb3-contrib's need pip install sb3-contrib")
 
 

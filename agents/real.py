@@ -61,7 +61,8 @@ class RealVecEnv(VecEnv):
 
     def reset(self) -> np.ndarray:
         """New episodes everywhere."""
-        frames = np.stack([g.reset(seed=s)[0] for g, s in zip(self.games, self._seeds, strict=True)])
+        seeds = self._seeds
+        frames = np.stack([g.reset(seed=s)[0] for g, s in zip(self.games, seeds, strict=True)])
         self._reset_seeds()
         self.t_B[:] = 0
         self.reset_infos = [{} for _ in self.games]

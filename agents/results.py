@@ -37,7 +37,8 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The row as written to the file; empty fields are left out."""
-        row: dict[str, Any] = {"what": self.what, "metric": self.metric, "value": _plain(self.value)}
+        row: dict[str, Any] = {"what": self.what, "metric": self.metric,
+                               "value": _plain(self.value)}
         if self.ci95 is not None:
             row["ci95"] = [_plain(x) for x in self.ci95]
         row["n"] = int(self.n)
@@ -86,13 +87,16 @@ def commit() -> str:
     """Short commit of this checkout, with ``+`` if files differ from it; else ``unknown``."""
     root = Path(__file__).resolve().parent.parent
     try:
-        head = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
-                              capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "-uno"],
-                               capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        head = _git(root, "rev-parse", "--short=12", "HEAD")
+        dirty = _git(root, "status", "--porcelain", "-uno")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return head + ("+" if dirty else "")
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True,
+                          timeout=10, check=True).stdout.strip()
 
 
 def machine() -> str:
@@ -120,7 +124,8 @@ def read(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError("not a results file", given=f"{path} ({error!r})",
                            expected='{"about": {"command", ...}, "rows": [{"what", "metric", '
-                           '"value"}]}', fix="measure again with the command that wrote it") from None
+                           '"value"}]}',
+                           fix="measure again with the command that wrote it") from None
     return data
 
 

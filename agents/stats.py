@@ -28,7 +28,8 @@ class Summary:
         return (self.low, self.high)
 
     def __str__(self) -> str:
-        return f"{self.mean:.0f} ± {self.sd:.0f} (n={self.n}, 95% {self.low:.0f} to {self.high:.0f})"
+        return (f"{self.mean:.0f} ± {self.sd:.0f} "
+                f"(n={self.n}, 95% {self.low:.0f} to {self.high:.0f})")
 
 
 def summary(values: object) -> Summary:

@@ -1,4 +1,4 @@
-"""Step a dream like any Gymnasium environment. Run: python examples/quickstart.py [WORLD] [STEPS]"""
+"""Step a dream like any Gymnasium environment. Run: ... quickstart.py [WORLD] [STEPS]"""
 
 import sys
 

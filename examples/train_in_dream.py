@@ -1,4 +1,4 @@
-"""Train PPO inside a dream, score it in the real game. Run: ... train_in_dream.py [WORLD] [STEPS]"""
+"""Train PPO inside a dream, score it in the game. Run: ... train_in_dream.py [WORLD] [STEPS]"""
 
 import sys
 import tempfile

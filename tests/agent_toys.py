@@ -13,8 +13,9 @@ from worldgym.models.codec import CodecConfig
 def tiny_folder(folder):
     """A world folder of random weights whose real twin is ``Corridor-v0``."""
     cfg = nano.NanoConfig(
-        name="tiny", action=ActionSpec.discrete(3), wan=nano.TINY_WAN, window=5, outcome_frames=2,
-        codec=CodecConfig(frame_hw=(32, 32), channels=4, width=8, deep_width=16), outcome_width=8)
+        name="tiny", action=ActionSpec.discrete(3), wan=nano.dit_config(4, 2, 32, 2, 16),
+        window=5, recent=2, outcome_frames=2, outcome_width=8,
+        codec=CodecConfig(frame_hw=(32, 32), channels=4, width=8, deep_width=16))
     nano.save(nano.fresh(cfg), folder, {"task": {"horizon": 12, "twin": "Corridor-v0"}})
     bank(nano.load(folder)).save(folder / "starts.safetensors")
     return folder
@@ -28,7 +29,7 @@ def bank(world):
 
 def tiny_task(**changes):
     """A task over a tiny random world; pays 1 a step, ends by its own head."""
-    world = nano.tiny()
+    world = nano.tiny(recent=2)
     settings = {"world": world, "starts": bank(world), "horizon": 12, "name": "tiny", **changes}
     return Task(**settings)
 

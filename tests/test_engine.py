@@ -23,6 +23,7 @@ from worldgym.errors import (
 )
 from worldgym.memory import PagePool
 from worldgym.models import nano
+from worldgym.models.codec import CodecConfig
 from worldgym.noise import normal
 from worldgym.uncertainty import fork_spread
 
@@ -346,6 +347,11 @@ def test_budget_is_refused_and_the_state_stays_good():
     assert all_bytes(state) == before and pages_used(world) == 6
     state, _ = world.step(state, [0, 0])
     assert pages_used(world) == 8
+
+
+def test_frames_that_do_not_split_into_patches_are_refused_at_once():
+    with pytest.raises(ConfigError, match="divisible by 16"):
+        nano.tiny(codec=CodecConfig(frame_hw=(40, 72), channels=4, width=8, deep_width=16))
 
 
 # ------------------------------------------------------------------------- interruptions

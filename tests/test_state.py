@@ -144,7 +144,7 @@ def test_pages_go_back_with_release_or_forgetting(world):
 
 def test_forgetting_a_cycle_inside_pool_calls_is_safe(world):
     """The garbage collector may run a finalizer in the middle of any pool call."""
-    gc.set_threshold(1)
+    gc.set_threshold(5, 100_000, 100_000)
     try:
         state = begin(world, 2)
         for number in range(5):

@@ -1,4 +1,4 @@
-"""Training: reproducible, resumable after a kill, refused when settings change; safe agent files."""
+"""Training: reproducible, resumable after a kill; settings are checked; agent files are safe."""
 
 import io
 import json
@@ -210,3 +210,11 @@ def test_kill_minus_nine(tmp_path):
     reached = int(max(p.name for p in done.glob("0*")))
     more = train_in_dream(tiny_task(), replace(SMALL, steps=reached + 32), tmp_path)
     assert more.steps == reached + 32
+
+
+def test_a_time_limit_ends_between_rollouts_and_goes_on_exactly(trained, tmp_path):
+    short = train_in_dream(tiny_task(), replace(SMALL, minutes=1e-6), tmp_path)
+    assert short.steps < 192 and short.agent.is_file()
+    limited = replace(SMALL, minutes=1e-4)
+    assert train_in_dream(tiny_task(), limited, tmp_path).steps >= short.steps
+    assert same(train_in_dream(tiny_task(), SMALL, tmp_path).agent, trained.agent)

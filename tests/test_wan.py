@@ -124,7 +124,7 @@ def test_bfloat16_runs_and_is_near():
 
 @pytest.mark.parametrize("frames", [1, 2])
 def test_bits_do_not_depend_on_the_batch(frames):
-    dit, x = tiny_dit(), video(9, frames)
+    dit, x = tiny_dit(dim=32), video(9, frames)
     t = torch.linspace(0, 1000, 9)[:, None].expand(9, frames)
     cond = video(1, 9)[0, 0, :, 0, 0, None, None].expand(9, frames, dit.cfg.dim).contiguous()
     whole, embedded = dit(x, t, cond_BFD=cond), dit.time(t, cond)

@@ -102,12 +102,14 @@ def before(x_BCFhw: Tensor, count: int) -> Tensor:
 
 def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor,
                   weight_BFhw: Tensor, generator: torch.Generator, share: tuple[int, int] = (0, 1),
-                  full_noise: float = 0.35, context_noise: float = 0.3, alone: bool = False,
+                  full_noise: float = 0.25, context_noise: float = 0.3, alone: bool = False,
+                  shift: float = 4.0,
                   average: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, dict]:
     """Flow-matching loss of frames 1.. given the frames before them.
 
     Noise levels: a ``full_noise`` share of frames starts from pure noise (where every step of a
-    rollout starts), the rest is uniform. Half of the clips see a context noised up to
+    rollout starts), the rest is uniform, then shifted towards noise as in Wan: whether something rare
+    appears (a monster fires) is decided at high noise, and learned only there. Half of the clips see a context noised up to
     ``context_noise``, so that a rollout survives its own errors. ``weight_BFhw``: how much each
     latent cell matters (0 for frames that do not exist). ``share``: (rank, processes); noise is
     drawn for the whole batch and cut, and ``average`` means a number over the processes, so that
@@ -122,6 +124,7 @@ def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor,
         return whole[rank * b:(rank + 1) * b].to(device)
 
     sigma = draw(torch.rand, f)
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
     sigma = torch.where(draw(torch.rand, f) < full_noise, torch.ones_like(sigma), sigma)
     level = context_noise * draw(torch.rand, f) * (draw(torch.rand, 1) < 0.5)
     noise = draw(torch.randn, *latents_BFChw.shape[1:])

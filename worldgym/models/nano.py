@@ -111,6 +111,12 @@ class Nano(nn.Module):
                               expected=f"in_dim {wide} = {channels} channels * (1 + "
                               f"{cfg.recent} recent frames), out_dim {channels}",
                               fix="build the sizes with nano.dit_config")
+        _, h, w = cfg.codec.latent_chw
+        if h % cfg.wan.patch_size[1] or w % cfg.wan.patch_size[2]:
+            raise ConfigError("frame size does not fit the dynamics", given=cfg.codec.frame_hw,
+                              expected=f"height and width divisible by {8 * cfg.wan.patch_size[1]}"
+                              f" and {8 * cfg.wan.patch_size[2]}",
+                              fix="resize the game's frames, for example to (48, 80) or (64, 64)")
         self.codec = Codec(cfg.codec)
         self.dynamics = Dynamics(DynamicsConfig(
             action_features=cfg.action.features, window=cfg.window, recent=cfg.recent,

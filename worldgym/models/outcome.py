@@ -68,7 +68,9 @@ class Outcome(nn.Module):
     def predict(self, past_BKChw: Tensor, action_BA: Tensor) -> tuple[Tensor, Tensor]:
         """(end chance (B,), rewards (B, 2) if it goes on / if it ends)."""
         rows = len(action_BA)
-        pad = max(0, 4 - rows)  # matrix products have row-independent bits from 4 rows on
+        # matrix products have row-independent bits from 4 rows on; the last row is always padding,
+        # since elementwise kernels work out the end of a tensor (its size modulo 32) in other code
+        pad = max(1, 4 - rows)
         out = self(F.pad(past_BKChw, (0, 0) * 4 + (0, pad)), F.pad(action_BA, (0, 0, 0, pad)))
         out = out[:rows]
         return out[..., 0].sigmoid().mean(1), out[..., 1:].mean(1) * self.reward_scale

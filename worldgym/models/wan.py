@@ -19,7 +19,9 @@ from worldgym.rope import cos_sin, rotate, rotation
 
 # attend(layer, q_BTNE, k_BTNE, v_BTNE) -> out_BTNE; q and k are already rotated
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-MIN_ROWS = 4  # a float32 matrix product gives row-independent bits from 4 rows on (tests/test_wan)
+# A float32 matrix product gives row-independent bits from 4 rows on, elementwise kernels for sizes
+# that are multiples of 32 (they work out the rest in other code): choose dim % 32 == 0 (test_wan).
+MIN_ROWS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -108,7 +108,8 @@ def end_chances(world: World, episodes: Episodes, ids: np.ndarray) -> tuple[np.n
     for i in ids:
         episode = episodes.episode(int(i))
         n = len(episode["rewards"]) - 1
-        z = torch.cat([world.encode(episode["frames"][j:j + 256]) for j in range(0, n, 256)])
+        z = torch.cat([world.encode(np.array(episode["frames"][j:min(j + 256, n)]))
+                       for j in range(0, n, 256)])
         past = z[torch.from_numpy(np.maximum(np.arange(n)[:, None] + np.arange(1 - k, 1), 0))]
         features = torch.from_numpy(episodes.action.encode(episode["actions"][1:]))
         chances.append(world.outcome(past, features.to(past.device))[0].cpu().numpy())
