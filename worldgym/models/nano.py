@@ -168,7 +168,7 @@ def tiny(seed: int = 0, action: ActionSpec | None = None, lively: bool = True,
     cfg = NanoConfig(
         name="tiny", action=action or ActionSpec.discrete(3),
         codec=CodecConfig(frame_hw=(32, 32), channels=4, width=8, deep_width=16),
-        wan=dit_config(4, 2, 32, 2, 16), window=5, outcome_frames=2, outcome_width=8)
+        wan=dit_config(4, 3, 32, 2, 16), window=5, outcome_frames=2, outcome_width=8)
     nano = fresh(replace(cfg, **changes), seed)
     if lively:
         generator = torch.Generator().manual_seed(seed + 1)
