@@ -213,7 +213,8 @@ class Fit:
                                       average=group.average)
             return value, {"mse": float(plain)}
 
-        self.nano.codec.to(memory_format=torch.channels_last)
+        if not group.shard:  # faster convolutions, but fully_shard wants contiguous weights
+            self.nano.codec.to(memory_format=torch.channels_last)
         loop = self._loop("codec", iterations, {}, lr=1e-3, decay=0.4)
         loop.run(sample, loss, self.cfg.tensorboard)
         self._finish(loop)

@@ -220,7 +220,7 @@ class Loop:
             except (KeyError, RuntimeError, EOFError, ValueError, TypeError,
                     pickle.UnpicklingError) as error:
                 raise CheckpointError(
-                    "cannot resume training", given=f"{self.path} ({error})",
+                    "cannot resume training", given=f"{self.path} ({type(error).__name__})",
                     expected="the checkpoint of an earlier run", fix="delete the file",
                 ) from error
             keys = sorted(about.keys() | self.about.keys())
