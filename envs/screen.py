@@ -68,6 +68,7 @@ class Screen:
                 if batch.stepped_B[slot]:
                     row.extend(batch.frames_BFHWC[slot, : batch.last_frame_B[slot] + 1].copy())
                 else:
+                    assert now is not None  # a slot did not step
                     row[:] = [now[slot]]
         elif self.mode == "human":
             self._show()
