@@ -63,13 +63,11 @@ class Screen:
     def after_step(self, batch: Any) -> None:
         """Take in the frames that a step made."""
         if self.mode == "rgb_array_list":
-            now = None if batch.stepped_B.all() else self.core.current_frames()
             for slot, row in enumerate(self._lists):
                 if batch.stepped_B[slot]:
                     row.extend(batch.frames_BFHWC[slot, : batch.last_frame_B[slot] + 1].copy())
-                else:
-                    assert now is not None  # a slot did not step
-                    row[:] = [now[slot]]
+            if not batch.stepped_B.all():
+                self.after_reset(np.flatnonzero(~batch.stepped_B))
         elif self.mode == "human":
             self._show()
 

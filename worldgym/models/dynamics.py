@@ -111,10 +111,10 @@ def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor,
     rollout starts), the rest is uniform, then shifted towards noise as in Wan: whether something
     rare appears (a monster fires) is decided at high noise, and learned only there. Half of the
     clips see a context noised up to ``context_noise``, so that a rollout survives its own errors.
-    ``weight_BFhw``: how much each latent cell matters (0 for frames that do not exist). ``share``:
-    (rank, processes); noise is drawn for the whole batch and cut, and ``average`` means a number
-    over the processes, so that how many there are changes nothing. ``alone``: see
-    ``Dynamics.forward``.
+    ``weight_BFhw``: how much each latent cell matters (0 for frames that do not exist).
+    ``share``: (rank, processes); noise is
+    drawn for the whole batch and cut, and ``average`` means a number over the processes, so that
+    how many there are changes nothing. ``alone``: see ``Dynamics.forward``.
     """
     b, f = latents_BFChw.shape[:2]
     rank, size = share

@@ -61,7 +61,7 @@ class NanoConfig:
     recent: int = 3
     window: int = 6
     sink: int = 0
-    steps: tuple[float, ...] = (1000.0, 500.0)
+    steps: tuple[float, ...] = (1000.0, 850.0, 600.0)
     context_noise: float = 0.0
     end_scale: float = 1.0
     outcome_frames: int = 4
@@ -169,7 +169,7 @@ def tiny(seed: int = 0, action: ActionSpec | None = None, lively: bool = True,
     cfg = NanoConfig(
         name="tiny", action=action or ActionSpec.discrete(3),
         codec=CodecConfig(frame_hw=(32, 32), channels=4, width=8, deep_width=16),
-        wan=dit_config(4, 2, 32, 2, 16), window=5, outcome_frames=2, outcome_width=8)
+        wan=dit_config(4, 3, 32, 2, 16), window=5, outcome_frames=2, outcome_width=8)
     nano = fresh(replace(cfg, **changes), seed)
     if lively:
         generator = torch.Generator().manual_seed(seed + 1)

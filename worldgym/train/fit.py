@@ -34,7 +34,7 @@ from worldgym.train.loop import Loop, LoopConfig
 from worldgym.train.metrics import measure
 
 CODEC_BATCH, OUTCOME_BATCH = 32, 128  # frames, transitions
-SIZES: dict[str, Any] = {"width": 128, "layers": 6, "window": 6, "steps": (1000.0, 500.0)}
+SIZES: dict[str, Any] = {"width": 128, "layers": 6, "window": 6, "steps": (1000.0, 850.0, 600.0)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
