@@ -37,7 +37,7 @@ check: setup             ## lint, types, spelling
 	$(BIN)/ruff check .
 	rm -rf .types && mkdir -p .types/worldgym
 	for f in worldgym/* envs agents; do ln -sfn "../../$$f" .types/worldgym/; done
-	cd .types && ../$(BIN)/mypy --ignore-missing-imports -p worldgym
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p worldgym
 	$(BIN)/codespell worldgym envs agents tests examples README.md Makefile
 
 wheelcheck: setup        ## what is built installs, and holds every package

@@ -60,7 +60,9 @@ def in_turn(first: Callable[[], float], second: Callable[[], float],
             seconds: float, least: int = 5) -> tuple[np.ndarray, np.ndarray]:
     """Call both in turn for ``2 * seconds``; returns what each reported."""
     first(), second()  # warm up
-    a, b, start = [], [], time.perf_counter()
+    a: list[float] = []
+    b: list[float] = []
+    start = time.perf_counter()
     while len(a) < least or time.perf_counter() - start < 2 * seconds:
         a.append(first())
         b.append(second())
@@ -113,7 +115,8 @@ def constancy(task: Any, long: int, pairs: int = 60) -> list[Row]:
     """Time of a step late in an episode over early in it, and memory growth on the way."""
     world, rng = task.world, np.random.default_rng(1)
     state = begin(task, CONSTANCY_SLOTS)
-    early, warm = None, (0, 0)
+    early: Any = None
+    warm = (0, 0)
     for t in range(long):
         if t == 50:
             early = state.snapshot()
@@ -187,7 +190,8 @@ def wrapper(task: Any, slots: int, seconds: float) -> list[Row]:
     rng, spec = np.random.default_rng(2), task.world.spec.action
     env.seed(0)
     env.reset()
-    shares, start = [], time.perf_counter()
+    shares: list[float] = []
+    start = time.perf_counter()
     while len(shares) < 8 or time.perf_counter() - start < seconds:
         actions, world.spent, begun = random_actions(spec, rng, slots), 0.0, time.perf_counter()
         env.step(actions)

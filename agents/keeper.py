@@ -110,7 +110,8 @@ def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 def learner_state(model: Any) -> dict[str, Any]:
     """What SB3 itself does not write: counters, generators, last observations, replay buffer."""
-    kind, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()
+    kind, keys, *rest = legacy
     state: dict[str, Any] = {
         "counters": {k: int(getattr(model, k)) for k in COUNTERS if hasattr(model, k)},
         "arrays": _tensors({k: getattr(model, k) for k in ARRAYS

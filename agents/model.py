@@ -13,7 +13,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ class TrainedPolicy:
         if self.observes == "frame":
             self.view: Any = FrameObservation(tuple(facts["frame_hw"]), facts["frame_stack"])
             return
-        world = world() if isinstance(world, Callable) and not hasattr(world, "encode") else world
+        world = world() if callable(world) and not hasattr(world, "encode") else world
         if world is None:
             raise ConfigError("a latent policy needs its world", given="no world",
                               expected="the world it was trained in",

@@ -48,7 +48,7 @@ class RealVecEnv(VecEnv):
             space = spaces.Box(-limit, limit, (channels * k, h, w), np.float32)
         else:
             self.view = FrameObservation((height, width), k)
-            space = spaces.Box(0, 255, (height, width, 3 * k), np.uint8)
+            space = spaces.Box(0, 255, (height, width, 3 * k), np.uint8)  # type: ignore[arg-type]
         self.view.reset(num_envs)
         super().__init__(num_envs, space, self.games[0].action_space)
         self._seeds = [seed + i for i in range(num_envs)]

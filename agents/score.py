@@ -151,6 +151,7 @@ def _dream_block(task: Any, policy: Policy, block: np.ndarray, seeds: Sequence[i
         if wants_latents:
             actions = policy.act_latents(latents, lengths[episodes], episodes)  # type: ignore
         else:
+            assert frames is not None
             actions = policy.act(frames, lengths[episodes], episodes)
         state, chunk = world.step(state, actions, slots=live.tolist())
         reward, ended, last = judge(task, chunk, per_chunk)

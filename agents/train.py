@@ -159,7 +159,8 @@ def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
         model = _model(algorithm, book, config)
         run["observation_shape"] = list(model.observation_space.shape)
         keeper = Keeper(folder, run)
-        latest, curve, seconds = keeper.latest(), [], 0.0
+        latest, seconds = keeper.latest(), 0.0
+        curve: list[Any] = []
         if latest is not None:
             curve, seconds = keeper.restore(latest, model, book)
         model.set_logger(_logger(folder, config, model.num_timesteps))

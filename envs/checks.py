@@ -5,6 +5,7 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -338,10 +339,11 @@ class Suite:
         state = env.get_state()
         after = self.actions[:6]
         expected = rollout(env, after)
-        calls = {f"action {action!r}"[:60]: lambda a=action: env.step(a)
-                 for action in bad_actions(env.action_space)}
-        calls |= {f"seed {s!r}": lambda s=s: env.reset(seed=s) for s in (-1, "one", 0.5)}
-        calls |= {f"options {o!r}"[:60]: lambda o=o: env.reset(options=o) for o in (
+        calls: dict[str, Callable[[], Any]] = {
+            f"action {action!r}"[:60]: partial(env.step, action)
+            for action in bad_actions(env.action_space)}
+        calls |= {f"seed {s!r}": partial(env.reset, seed=s) for s in (-1, "one", 0.5)}
+        calls |= {f"options {o!r}"[:60]: partial(env.reset, options=o) for o in (
             {"no such option": 1}, {"start": -1}, {"start": 10**9}, {"frame": np.zeros(3)}, [1])}
         calls["state None"] = lambda: env.set_state(None)
         for what, call in calls.items():

@@ -58,8 +58,10 @@ class VectorSuite:
 
     def __init__(self, env: VectorEnv, make: Any, steps: int, atol: float, report: Report,
                  wanted: AutoresetMode | None = None) -> None:
-        self.env, self.make, self.steps, self.atol, self.report = env, make, steps, atol, report
-        self.mode, self.wanted = env.metadata.get("autoreset_mode"), wanted
+        self.env: Any = env  # with state and forks, which VectorEnv does not declare
+        self.make, self.steps, self.atol, self.report = make, steps, atol, report
+        self.mode: Any = env.metadata.get("autoreset_mode")
+        self.wanted = wanted
         self.actions = sample_actions(env.action_space, steps)
 
     def run(self) -> Report:
@@ -273,7 +275,7 @@ class VectorSuite:
                 demand("slot-reset", not gap, "reset by mask changed other observations", gap)
             rest = [r for r in self.roll(env, self.actions[2:]) if len(r) == 5]
             streams.append([[x[1:] for x in r[:4]] for r in rest])
-        gap = difference(*streams)
+        gap = difference(streams[0], streams[1])
         demand("slot-reset", not gap, "other slots went another way after the reset", gap)
 
     def state(self) -> None:

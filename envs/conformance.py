@@ -170,7 +170,8 @@ def watched_generators() -> Iterator[None]:
     torch = sys.modules.get("torch")
 
     def look() -> dict[str, bytes]:
-        name, keys, *rest = np.random.get_state()
+        legacy: Any = np.random.get_state()
+        name, keys, *rest = legacy
         seen = {"random": repr(random.getstate()).encode(),
                 "numpy.random": keys.tobytes() + repr((name, rest)).encode()}
         if torch is not None:
@@ -248,6 +249,7 @@ def bad_actions(space: spaces.Space) -> list[Any]:
         return [*bad, full, np.full(space.shape, np.inf), space.high + 1, space.low - 1]
     if isinstance(space, spaces.Discrete):
         return [*bad, int(space.start - 1), int(space.start + space.n), 0.5, float("nan")]
+    assert space.shape is not None
     top = np.asarray(space.nvec if isinstance(space, spaces.MultiDiscrete) else 2)
     return [*bad, np.broadcast_to(top, space.shape), np.full(space.shape, -1),
             np.full(space.shape, 0.5)]

@@ -152,8 +152,8 @@ class DreamCore:
         elif self._state is not None:
             slots = range(self.num_slots)
         which = range(self.num_slots) if slots is None else slots
-        slots = np.asarray(which, np.int64)
-        new, index_n = self._opening.begin(self._state, slots, seeds, starts, frames)
+        slot_n = np.asarray(which, np.int64)
+        new, index_n = self._opening.begin(self._state, slot_n, seeds, starts, frames)
         self._state = new
         return new.stack_B.copy(), index_n
 
@@ -248,7 +248,7 @@ class DreamCore:
                   live: np.ndarray | None, last: np.ndarray) -> CoreState:
         """The next state, its stack moved on by the newest observation of the stepped slots."""
         view, picks = self.view, np.arange(len(last))
-        frames = None
+        frames: Any = None
         if view.frames_wanted or view.observation == "frame":
             frames = spaces.to_numpy(chunk.frames())
         if view.observation == "frame":
@@ -320,6 +320,7 @@ class DreamCore:
         out = []
         for i in range(n):
             state = self.get_state()
+            assert state.core is not None  # ready() was called
             world = many.select(np.arange(i, n * self.num_slots, n))
             out.append(replace(state, core=replace(state.core, world=world)))
         return out

@@ -42,10 +42,11 @@ def _ends(task: Task, chunk: Any, slots: int, frames: int) -> tuple[np.ndarray, 
                 expected=f"0..{frames - 1}", fix="give the index of a frame inside the chunk",
             )
         return ended_B, np.where(ended_B, end_B, last_B)
+    assert callable(task.end)
     value = _shaped(to_numpy(task.end(chunk)), slots, frames, "end").astype(bool)
     if value.ndim == 1:
         return value, last_B
-    ended_B = value.any(axis=1)
+    ended_B = np.asarray(value.any(axis=1))
     return ended_B, np.where(ended_B, value.argmax(axis=1), last_B)
 
 
@@ -54,6 +55,7 @@ def _rewards(task: Task, chunk: Any, slots: int, frames: int, last_B: np.ndarray
         per_frame = getattr(chunk, "reward_BF", None)
         value, name = (chunk.reward_B if per_frame is None else per_frame), "reward head"
     else:
+        assert callable(task.reward)
         value, name = task.reward(chunk), "reward"
     reward = _shaped(to_numpy(value), slots, frames, name).astype(np.float64)
     if not np.isfinite(reward).all():

@@ -26,7 +26,8 @@ Judge = Callable[[Any], Any]
 
 
 def _positive_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and bool(value >= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class Task:
         if not _positive_int(self.forks) or self.forks < 2:
             raise ConfigError("impossible number of forks", given=repr(self.forks),
                               expected="an int of at least 2", fix="pass forks=4")
+        value: Any
         for name, value in (("distrust", self.distrust), ("penalty", self.penalty)):
             if value is None and name == "distrust":
                 continue

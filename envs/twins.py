@@ -65,6 +65,7 @@ def real_env(name: str, frame_hw: tuple[int, int] = (48, 80), *, full_frame: boo
     frame_hw = _check_hw(frame_hw)
     recipe = {"id": env_id, "frame_hw": list(frame_hw), "key": key, "source": source,
               "kwargs": dict(kwargs)}
+    env: gym.Env | None
     if env_id == TAKE_COVER:
         base = {"frame_skip": FRAME_SKIP, "screen_resolution": "RES_160X120",
                 "doom_config_path": f"{_scratch().name}/vizdoom.ini"}
@@ -135,7 +136,7 @@ class ImageObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self._unit_scale = self._is_unit_scale()
 
     @property
-    def render_mode(self) -> str:
+    def render_mode(self) -> str:  # type: ignore[override]
         """Always "rgb_array"."""
         return "rgb_array"
 
@@ -166,7 +167,7 @@ class ImageObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         if self.source == "render":
             return False
         space = _entry(self.env.observation_space, self.key)
-        return space.dtype.kind == "f"
+        return space.dtype is not None and space.dtype.kind == "f"
 
     def _picture(self, observation: Any) -> np.ndarray:
         """The original image, uint8 (h, w, 3)."""

@@ -5,6 +5,7 @@ Shapes: n actions, A features. The Gymnasium side (``worldgym.envs.spaces``) tur
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,8 @@ class ActionSpec:
     @classmethod
     def from_json(cls, data: dict) -> "ActionSpec":
         """Inverse of ``dataclasses.asdict``."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**known)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -5,6 +5,7 @@ Shapes: B slot, K past frame, F frame of a chunk, C channel, h w latent grid, A 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class Chunk:
     def frames(self) -> Tensor:
         """Decoded frames uint8 (B, F, H, W, 3)."""
         if self._frames is None:
+            assert self.decode is not None
             b, f = self.latents_BFChw.shape[:2]
             self._frames = self.decode(self.latents_BFChw.flatten(0, 1)).unflatten(0, (b, f))
         return self._frames
@@ -64,7 +66,7 @@ class World:
         max_pages: page budget of the pool.
     """
 
-    def __init__(self, spec: WorldSpec, codec: Codec, dynamics: Dynamics, outcome: Callable | None,
+    def __init__(self, spec: WorldSpec, codec: Codec, dynamics: Dynamics, outcome: Any,
                  policy: SinkWindow, schedule: FewStep, *, context_noise: float = 0.0,
                  fingerprint: str = "", device: torch.device | str = "cpu",
                  max_pages: int | None = None) -> None:

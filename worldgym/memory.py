@@ -345,6 +345,7 @@ class PagedAttend:
         return whole
 
     def _write(self, layer: int, k_BTNE: Tensor, v_BTNE: Tensor) -> None:
+        assert self.write is not None
         frames = self.write.shape[1]
         ids, keep = self.write.ravel(), self.write.ravel() >= 0
         shape = (-1, self.tokens, *k_BTNE.shape[2:])

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from worldgym.memory import PagedAttend, PagePool, Policy, Tables
-from worldgym.models.wan import WanDiT
 from worldgym.schedule import FewStep, x0_from_flow
 
 
@@ -39,7 +38,7 @@ class Block:
 class CausalStepper:
     """Denoise and commit blocks with the memory ``policy`` in ``pool``."""
 
-    def __init__(self, dit: WanDiT, pool: PagePool, policy: Policy) -> None:
+    def __init__(self, dit: Callable[..., Tensor], pool: PagePool, policy: Policy) -> None:
         self.dit, self.pool, self.policy = dit, pool, policy
 
     def context(self, tables: Tables, frames: int) -> Tables:
@@ -112,9 +111,9 @@ class CausalStepper:
             self.flow(x_BCKHW, t, attend, block)
         self.pool.seal(ids[present])
         every = Tables(ids, np.where(present, index, -1))
-        kept = every.keep(seen_BP >= 0)
+        tables = every.keep(seen_BP >= 0)
         self.pool.decref(ids[seen_BP < 0])
-        return kept
+        return tables
 
     def commit_and_flow(self, tables: Tables, last_BCnHW: Tensor, last_t: float, last: Block,
                         x_BCnHW: Tensor, t: float, new: Block,

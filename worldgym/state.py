@@ -261,7 +261,8 @@ def _check_tensors(path: str | Path, world, tensors: dict[str, Tensor], count: i
     spec, slots = world.pool.spec, len(tensors["step_B"])
     page = (count, spec.tokens, spec.heads, spec.head_dim)
     table = (slots, *tensors["tables.pages"].shape[1:])
-    wants = {name: (page, spec.dtype) for name in tensors if name.startswith("pages.")}
+    wants: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        name: (page, spec.dtype) for name in tensors if name.startswith("pages.")}
     wants |= {name: ((slots,), torch.int64) for name in WorldState.COUNTERS}
     wants |= {"history": ((slots, world.history, *world.spec.latent_chw), torch.float32),
               "pending": ((slots, world.spec.action.features), torch.float32),

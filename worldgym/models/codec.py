@@ -39,6 +39,7 @@ class _Residual(nn.Module):
         self.a = nn.Conv2d(width, width, 3, padding=1)
         self.b = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(self.b.weight)
+        assert self.b.bias is not None
         nn.init.zeros_(self.b.bias)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -51,6 +52,9 @@ class Codec(nn.Module):
     The statistics ``mean`` and ``std`` (per channel) are buffers set after training, so that
     latents that leave this class have about zero mean and unit variance.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, cfg: CodecConfig) -> None:
         super().__init__()

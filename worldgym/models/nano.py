@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +161,7 @@ def fresh(cfg: NanoConfig, seed: int = 0) -> Nano:
 
 
 def tiny(seed: int = 0, action: ActionSpec | None = None, lively: bool = True,
-         **changes: object) -> World:
+         **changes: Any) -> World:
     """A random-weight world of 32x32 frames for tests and docs.
 
     ``lively``: random output weights, so that actions and noise change what happens.
@@ -174,7 +175,7 @@ def tiny(seed: int = 0, action: ActionSpec | None = None, lively: bool = True,
         generator = torch.Generator().manual_seed(seed + 1)
         nn.init.normal_(nano.dynamics.dit.head.head.weight, std=0.2, generator=generator)
         for member in nano.outcome.members:
-            member.last.bias.data[:] = torch.tensor([-3.0, 1.0, 0.0])
+            cast(Any, member).last.bias.data[:] = torch.tensor([-3.0, 1.0, 0.0])
     return nano.world()
 
 
@@ -189,7 +190,7 @@ def save(nano: Nano, folder: str | Path, card: dict) -> None:
     os.replace(part, folder / CARD)
 
 
-def load_nano(folder: str | Path, **changes: object) -> Nano:
+def load_nano(folder: str | Path, **changes: Any) -> Nano:
     """Weights and configuration of a world folder; ``changes`` override configuration fields."""
     folder = Path(folder)
     try:
@@ -203,7 +204,7 @@ def load_nano(folder: str | Path, **changes: object) -> Nano:
     return checkpoint.load_into(nano, folder / WEIGHTS)
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu", **changes: object) -> World:
+def load(folder: str | Path, device: torch.device | str = "cpu", **changes: Any) -> World:
     """A world from a folder, ready to step."""
     return load_nano(folder, **changes).world(device)
 

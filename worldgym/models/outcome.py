@@ -66,6 +66,8 @@ class Outcome(nn.Module):
     ``forward`` returns (B, M, 3): end logit, reward if the episode goes on, reward if it ends.
     """
 
+    reward_scale: Tensor
+
     def __init__(self, cfg: OutcomeConfig) -> None:
         super().__init__()
         self.cfg = cfg

@@ -8,6 +8,7 @@ while training, paged memory while stepping). ``nano`` is this same class at a s
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,8 @@ class WanConfig:
     def from_dict(cls, data: Mapping) -> "WanConfig":
         """Read a native ``config.json`` dict; unknown descriptive keys are ignored."""
         names = {f.name for f in fields(cls)}
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names}
+        known: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names}
         return cls(**known)
 
     @property
@@ -205,7 +207,7 @@ class WanDiT(nn.Module):
             )
         pad = self.cfg.text_len - context_BLD.shape[1]
         y = self.text_embedding(F.pad(context_BLD, (0, 0, 0, pad)))
-        return [block.cross_attn.key_value(y) for block in self.blocks]
+        return [cast(Block, block).cross_attn.key_value(y) for block in self.blocks]
 
     def time(self, t_BF: Tensor, cond_BFD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Time embedding e (B, F, D) and modulation (B, F, 6, D) of timesteps in [0, 1000].

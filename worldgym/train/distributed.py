@@ -57,7 +57,8 @@ class Group:
             for part in list(module.modules()):
                 for block in getattr(part, "blocks", []):
                     fully_shard(block, mesh=mesh)
-            return fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh)
+            return module
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
     def barrier(self) -> None:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from worldgym.train.loop import Loop, LoopConfig
 from worldgym.train.metrics import measure
 
 CODEC_BATCH, OUTCOME_BATCH = 32, 128  # frames, transitions
-SIZES = {"width": 128, "layers": 6, "window": 6, "steps": (1000.0, 850.0, 600.0)}
+SIZES: dict[str, Any] = {"width": 128, "layers": 6, "window": 6, "steps": (1000.0, 850.0, 600.0)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +110,8 @@ class Fit:
                                fix="record some: worldgym collect --env GAME --out FOLDER")
         everything = np.arange(len(self.episodes)), np.arange(0)
         split = len(self.episodes) > 1 and cfg.holdout > 0
+        self.train_ids: np.ndarray
+        self.held_ids: np.ndarray
         self.train_ids, self.held_ids = (
             self.episodes.split(cfg.holdout, seed=0) if split else everything)
         self.out, self.work = Path(cfg.out), Path(cfg.out) / "training"
@@ -125,7 +128,7 @@ class Fit:
         if cfg.init:
             return self._started(name, given)
         size = SIZES | given
-        codec = CodecConfig(frame_hw=tuple(data.frame_hw))
+        codec = CodecConfig(frame_hw=(data.frame_hw[0], data.frame_hw[1]))
         wan = nano.dit_config(codec.channels, 3, size["width"], size["layers"],
                               patch=nano.patch_for(codec.latent_chw))
         config = NanoConfig(
@@ -135,6 +138,7 @@ class Fit:
 
     def _started(self, name: str, given: dict) -> Nano:
         """The network of ``init``, checked against data and settings."""
+        assert self.cfg.init is not None
         free = {k: given[k] for k in ("window", "steps") if k in given}
         network = nano.load_nano(self.cfg.init, name=name, fps=self.episodes.fps, **free)
         old, data = network.cfg, self.episodes
@@ -171,7 +175,7 @@ class Fit:
             self._write()
         return self.out
 
-    def _loop(self, name: str, iterations: int, about: dict, **changes: float) -> Loop:
+    def _loop(self, name: str, iterations: int, about: dict, **changes: Any) -> Loop:
         cfg = LoopConfig(iterations=iterations, seed=self.cfg.seed,
                          save_every=max(1, min(200, iterations // 4)), **changes)
         return Loop(name, getattr(self.nano, name), cfg, self.work, self.group, self.about | about)
@@ -214,7 +218,7 @@ class Fit:
             return value, {"mse": float(plain)}
 
         if not group.shard:  # faster convolutions, but fully_shard wants contiguous weights
-            self.nano.codec.to(memory_format=torch.channels_last)
+            self.nano.codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         loop = self._loop("codec", iterations, {}, lr=1e-3, decay=0.4)
         loop.run(sample, loss, self.cfg.tensorboard)
         self._finish(loop)

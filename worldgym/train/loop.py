@@ -62,7 +62,9 @@ def optimizers(module: nn.Module, cfg: LoopConfig,
     third fewer iterations with it. Embeddings, norms and the output stay with AdamW. Muon needs
     whole matrices: with ``shard`` every parameter goes to AdamW.
     """
-    matrices, rest, plain = [], [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, p in module.named_parameters():
         if cfg.muon and not shard and p.ndim == 2 and "blocks." in name:
             matrices.append(p)
@@ -176,8 +178,7 @@ class Loop:
                 g["lr"] = learning_rate(self.cfg, self.iteration)
         value, logs = loss(self.wrapped, sample(self.iteration), generator)
         value.backward()
-        norm = nn.utils.clip_grad_norm_(self.wrapped.parameters(), self.cfg.clip)
-        norm = float(whole(norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.wrapped.parameters(), self.cfg.clip)))
         if not math.isfinite(norm):
             raise NotFiniteError(
                 f"training of {self.name} diverged",
