@@ -29,7 +29,7 @@ def bank(world):
 
 def tiny_task(**changes):
     """A task over a tiny random world; pays 1 a step, ends by its own head."""
-    world = nano.tiny(recent=2)
+    world = nano.tiny()
     settings = {"world": world, "starts": bank(world), "horizon": 12, "name": "tiny", **changes}
     return Task(**settings)
 

@@ -139,5 +139,5 @@ def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor,
     with torch.no_grad():
         start = (sigma == 1)[:, 1:] & (weight_BFhw[:, 1:].amax((2, 3)) > 0)
         first = error[:, 1:].mean((2, 3, 4))[start].mean() if start.any() else loss
-    return loss, {"full_noise_mse": float(first)}
+    return loss, {"full_noise_mse": float(first.detach())}
 
