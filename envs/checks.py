@@ -95,7 +95,6 @@ class Suite:
         """The steps of ``play`` without its resets."""
         return [r for r in self.play(seed) if len(r) == 5]
 
-
     def reset_needed(self) -> None:
         """Step before the first reset, and after an end."""
         if self.factory is not None:
