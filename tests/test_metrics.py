@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 
-from tests.fit_data import make_store
+from tests.fit_data import ACTIONS, make_store
 from worldgym.models import nano
 from worldgym.train.metrics import auc, end_chances, measure, psnr, replay
+
+
+def tiny():
+    """A world with the actions of the recordings."""
+    return nano.tiny(action=ACTIONS["discrete"])
 
 
 def test_psnr_of_known_errors():
@@ -42,7 +47,7 @@ def test_auc_against_its_definition():
 
 
 def test_replay_shows_the_frames_after_the_context(tmp_path):
-    world, store = nano.tiny(), make_store(tmp_path / "data", steps=(12, 9))
+    world, store = tiny(), make_store(tmp_path / "data", steps=(12, 9))
     dream, real = replay(world, store, np.array([0, 1, 13]), 4, 5, 0)
     assert dream.shape == real.shape == (5, 3, 32, 32, 3)
     for step in range(5):
@@ -52,7 +57,7 @@ def test_replay_shows_the_frames_after_the_context(tmp_path):
 
 
 def test_end_chances_cover_every_step(tmp_path):
-    world, store = nano.tiny(), make_store(tmp_path / "data", steps=(5, 4, 6))
+    world, store = tiny(), make_store(tmp_path / "data", steps=(5, 4, 6))
     chance, ended = end_chances(world, store, np.array([0, 2]))
     assert len(chance) == 11 and np.flatnonzero(ended).tolist() == [4, 10]
     assert ((0 <= chance) & (chance <= 1)).all()
@@ -63,7 +68,7 @@ def test_end_chances_cover_every_step(tmp_path):
     ((3, 2), {"psnr_1"}, 2), ((1, 1), set(), None)])
 def test_short_episodes_are_measured_as_far_as_they_go(tmp_path, steps, keys, context):
     store = make_store(tmp_path / "data", steps=steps)
-    out = measure(nano.tiny(), store, np.arange(2), clips=2)
+    out = measure(tiny(), store, np.arange(2), clips=2)
     assert {k for k in out if k.startswith("psnr") and not k.endswith("copy")} == keys
     assert out.get("context_frames") == context and out["held_out_steps"] == sum(steps)
     assert out["end_auc"] is not None
@@ -74,5 +79,5 @@ def test_copying_is_perfect_where_nothing_moves(tmp_path):
     still = np.zeros((store.rows, 32, 32, 3), np.uint8)
     store.take = lambda name, rows, take=store.take: (
         still[rows] if name == "frames" else take(name, rows))
-    out = measure(nano.tiny(), store, np.arange(2), clips=2, steps=3)
+    out = measure(tiny(), store, np.arange(2), clips=2, steps=3)
     assert out["psnr_3_copy"] > 130 > out["psnr_3"] and out["end_auc"] is None
