@@ -172,7 +172,7 @@ def main() -> None:
     counts = fuzz(nano.load(args.world), args.sequences, args.length, bar=tqdm)
     print(counts)
     units = {"sequences": "sequences", "failures": "slots", "pages_leaked": "pages"}
-    write(args.out, [Row("nano", k, v, n=args.sequences, unit=units[k], seeds="0")
+    write(args.out, [Row(what="nano", metric=k, value=v, n=args.sequences, unit=units[k], seeds="0")
                      for k, v in counts.items()])
     sys.exit(bool(counts["failures"] or counts["pages_leaked"]))
 

@@ -51,7 +51,7 @@ def test_fits_any_actions_and_frame_sizes(tmp_path, action, hw):
 
 
 def test_metrics_reach_fifty_steps(tmp_path):
-    make_store(tmp_path / "data", steps=(60, 54))
+    make_store(tmp_path / "data", steps=(60, 54, 60))
     out = fit(FitConfig(data=str(tmp_path / "data"), out=str(tmp_path / "w"), **SMALL, holdout=0.9))
     metrics = json.loads((out / "world.json").read_text())["metrics"]
     assert {"psnr_1", "psnr_1_copy", "psnr_50", "psnr_50_copy"} <= set(metrics)
@@ -178,29 +178,36 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
 
 @pytest.mark.timeout(900)
 def test_two_processes_lose_what_one_loses(tmp_path):
+    """Codec from nothing; dynamics and outcome on one codec, whose latents are then the same."""
     make_store(tmp_path / "data", steps=(12, 3, 15, 7))
-    args = dict(SMALL, data=str(tmp_path / "data"), codec_iterations=6, dynamics_iterations=6,
-                outcome_iterations=6, measure=False)
-    runs = [args | {"out": str(tmp_path / "copies")},
-            args | {"out": str(tmp_path / "shards"), "shard": True}]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    args = dict(SMALL, data=str(tmp_path / "data"), measure=False)
+    base = str(fit(FitConfig(out=str(tmp_path / "base"), **args)))
+
+    def runs(name, **changes):
+        short = dict(args, codec_iterations=6, dynamics_iterations=1, outcome_iterations=1)
+        heads = dict(args, init=base, dynamics_iterations=6, outcome_iterations=6)
+        return [given | {"out": str(tmp_path / f"{name}{i}")} | changes
+                for i, given in enumerate((short, heads))]
+
+    (tmp_path / "runs.json").write_text(json.dumps(runs("copies") + runs("shards", shard=True)))
     root = RUN.parent.parent
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          str(RUN), str(tmp_path / "runs.json")], cwd=root, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr[-3000:]
-    one = fit_run.recorded(args | {"out": str(tmp_path / "one")})
-    copies, shards = json.loads((tmp_path / "runs.losses.json").read_text())
+    several = json.loads((tmp_path / "runs.losses.json").read_text())
+    alone = [fit_run.recorded(settings) for settings in runs("one")]
     with pytest.MonkeyPatch.context() as patch:  # sharded training has no Muon: compare without
         patch.setattr(loop, "optimizers", lambda m, cfg, shard: OPTIMIZERS(m, cfg, True))
-        plain = fit_run.recorded(args | {"out": str(tmp_path / "plain")})
-    for part in ("codec", "dynamics", "outcome"):
-        for a, b in ((one, copies), (plain, shards)):
-            assert len(a[part]) == 6
-            assert np.allclose(a[part], b[part], rtol=0, atol=1e-5), (part, a[part], b[part])
-    for a, b in (("one", "copies"), ("plain", "shards")):
-        a, b = weights(tmp_path / a), weights(tmp_path / b)
+        alone += [fit_run.recorded(settings) for settings in runs("plain")]
+    for one, two in zip(alone, several, strict=True):
+        part = {k: v for k, v in one.items() if len(v) == 6}
+        assert part.keys() in ({"codec"}, {"dynamics", "outcome"})
+        for name, losses in part.items():
+            assert np.allclose(losses, two[name], rtol=0, atol=1e-5), (name, losses, two[name])
+    for one, two in (("one1", "copies1"), ("plain1", "shards1")):
+        a, b = weights(tmp_path / one), weights(tmp_path / two)
         assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
 
 

@@ -9,6 +9,7 @@ from worldgym.train.metrics import auc, end_chances, measure, psnr, replay
 
 
 def tiny():
+    """A world with the actions of the recordings."""
     return nano.tiny(action=ACTIONS["discrete"])
 
 

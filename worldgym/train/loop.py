@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from worldgym.errors import CheckpointError, NotFiniteError
 from worldgym.train.distributed import Group, fill, whole
+from worldgym.train.muon import Muon
 
 Loss = Callable[[nn.Module, dict, torch.Generator], tuple[Tensor, dict[str, float]]]
 
@@ -74,8 +75,7 @@ def optimizers(module: nn.Module, cfg: LoopConfig,
         [{"params": rest, "weight_decay": cfg.weight_decay},
          {"params": plain, "weight_decay": 0.0}], lr=cfg.lr, betas=cfg.betas)]
     if matrices:
-        out.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay,
-                                    adjust_lr_fn="match_rms_adamw"))
+        out.append(Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay))
     return out
 
 
@@ -218,7 +218,7 @@ class Loop:
             try:
                 state = torch.load(self.path, weights_only=True, map_location="cpu")
                 about = state["about"]
-            except (KeyError, RuntimeError, EOFError, ValueError, TypeError,
+            except (OSError, KeyError, RuntimeError, EOFError, ValueError, TypeError,
                     pickle.UnpicklingError) as error:
                 raise CheckpointError(
                     "cannot resume training", given=f"{self.path} ({type(error).__name__})",
