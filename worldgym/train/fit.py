@@ -314,7 +314,7 @@ class Fit:
         sampler = OutcomeSampler(
             self.episodes, self.train_ids, head.cfg.frames, batch, cfg.seed,
             rank=group.rank, world_size=group.size, extra={"latents": self.latents})
-        bounds = np.abs(self.nano.cfg.reward_range)
+        bounds = np.abs(np.asarray(self.nano.cfg.reward_range, np.float64))
         head.reward_scale.fill_(float(bounds.max()) or 1.0)
 
         def loss(model, data, generator):
