@@ -19,7 +19,8 @@ from worldgym.data.starts import StartBank
 from worldgym.errors import CheckpointError, ConfigError, DatasetError
 from worldgym.models import nano
 from worldgym.train import loop
-from worldgym.train.fit import FitConfig, cfg_command, fit
+from worldgym.train.fit import FitConfig, fit
+from worldgym.train.provenance import command
 
 SMALL = dict(width=32, layers=1, window=4, clip=5, batch=4, starts=6, codec_iterations=2,
              dynamics_iterations=2, outcome_iterations=2, tensorboard=False)
@@ -74,6 +75,9 @@ def test_fits_scarce_data(tmp_path, data, changes):
     assert all(torch.isfinite(v).all() for v in nano.load_nano(out).state_dict().values())
     if data.get("reward") == 0.0:
         assert float(nano.load_nano(out).outcome.reward_scale) == 1.0
+        world = nano.load(out)
+        state = world.begin(StartBank.load(out / "starts.safetensors").gather([0]), [0])
+        assert world.step(state, np.array([1]))[1].reward_B.tolist() == [0.0]  # not nearly 0
 
 
 def test_refit_keeps_the_codec(tmp_path):
@@ -124,7 +128,7 @@ def test_refusals(tmp_path):
 
 def test_command_repeats_the_run():
     cfg = FitConfig(data="a b", out="o", batch=1, steps=(1000.0,), quick=True, measure=False)
-    assert cfg_command(cfg) == (
+    assert command(cfg) == (
         "worldgym fit --data 'a b' --out o --batch 1 --steps 1000.0 --quick --no-measure")
 
 

@@ -138,6 +138,6 @@ def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor,
     loss = (weight * error).sum() / (total * latents_BFChw.shape[2])
     with torch.no_grad():
         start = (sigma == 1)[:, 1:] & (weight_BFhw[:, 1:].amax((2, 3)) > 0)
-        first = error[:, 1:].mean((2, 3, 4))[start].mean() if start.any() else loss
+        first = error[:, 1:].mean((2, 3, 4))[start].mean() if start.any() else loss.detach()
     return loss, {"full_noise_mse": float(first.detach())}
 

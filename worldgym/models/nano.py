@@ -50,7 +50,8 @@ class NanoConfig:
     """Everything that fixes a nano world but its weights.
 
     ``steps``: denoising timesteps of one step (1000 = pure noise); ``context_noise``: noise level
-    told to the network for frames in memory; ``end_scale``: factor on the end chance.
+    told to the network for frames in memory; ``end_scale``: factor on the end chance;
+    ``reward_range``: see ``OutcomeConfig``.
     """
 
     name: str
@@ -67,10 +68,14 @@ class NanoConfig:
     outcome_frames: int = 4
     outcome_width: int = 48
     outcome_members: int = 2
+    reward_range: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     def to_json(self) -> dict:
         """Plain dict that ``from_json`` reads back."""
-        return asdict(self)
+        data = asdict(self)
+        if self.reward_range is None:  # worlds from before it was recorded keep their fingerprint
+            del data["reward_range"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict) -> "NanoConfig":
@@ -83,8 +88,11 @@ class NanoConfig:
             data["codec"] = CodecConfig(**codec)
             data["wan"] = WanConfig.from_dict(data["wan"])
             data["steps"] = tuple(data["steps"])
+            if data.get("reward_range") is not None:
+                go, end = data["reward_range"]
+                data["reward_range"] = (tuple(go), tuple(end))
             return cls(**data)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError("nano configuration cannot be read", given=str(error),
                               expected="the dict that NanoConfig.to_json writes",
                               fix="take world.json from the folder of the weights") from error
@@ -124,7 +132,8 @@ class Nano(nn.Module):
             wan=cfg.wan))
         self.outcome = Outcome(OutcomeConfig(
             latent_chw=cfg.codec.latent_chw, action_features=cfg.action.features,
-            frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members))
+            frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members,
+            reward_range=cfg.reward_range))
 
     def world(self, device: torch.device | str = "cpu", max_pages: int | None = None) -> World:
         """A world that steps with these weights."""

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutcomeConfig:
-    """``frames``: K past frames read; ``members``: independent heads whose chances are averaged."""
+    """``frames``: K past frames read; ``members``: independent heads whose chances are averaged.
+
+    ``reward_range``: lowest and highest recorded reward of a step that went on, and of one that
+    ended; predictions are kept inside. Where steps pay nothing until the goal, an error of 0.01 a
+    step adds up to more than the goal, and agents learn to collect errors.
+    """
 
     latent_chw: tuple[int, int, int]
     action_features: int
@@ -23,6 +28,7 @@ class OutcomeConfig:
     width: int = 48
     hidden: int = 128
     members: int = 2
+    reward_range: tuple[tuple[float, float], tuple[float, float]] | None = None
 
 
 class _Member(nn.Module):
@@ -88,7 +94,11 @@ class Outcome(nn.Module):
         pad = max(1, 4 - rows)
         out = self(F.pad(past_BKChw, (0, 0) * 4 + (0, pad)), F.pad(action_BA, (0, 0, 0, pad)))
         out = out[:rows]
-        return out[..., 0].sigmoid().mean(1), out[..., 1:].mean(1) * self.reward_scale
+        rewards = out[..., 1:].mean(1) * self.reward_scale
+        if self.cfg.reward_range is not None:
+            low, high = rewards.new_tensor(self.cfg.reward_range).unbind(1)
+            rewards = rewards.clamp(low, high)
+        return out[..., 0].sigmoid().mean(1), rewards
 
 
 def outcome_loss(model: nn.Module, past_BKChw: Tensor, action_BA: Tensor, reward_B: Tensor,

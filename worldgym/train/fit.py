@@ -7,12 +7,9 @@ Shapes: B clip, F frame, R row of the data.
 
 import hashlib
 import json
-import math
-import os
-import shlex
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from worldgym.models.outcome import outcome_loss
 from worldgym.train.distributed import Group
 from worldgym.train.loop import Loop, LoopConfig
 from worldgym.train.metrics import measure
+from worldgym.train.provenance import command, machine
 
 CODEC_BATCH, OUTCOME_BATCH = 32, 128  # frames, transitions
 SIZES: dict[str, Any] = {"width": 128, "layers": 6, "window": 6, "steps": (1000.0, 850.0, 600.0)}
@@ -133,14 +131,15 @@ class Fit:
                               patch=nano.patch_for(codec.latent_chw))
         config = NanoConfig(
             name=name, action=data.action, fps=data.fps, wan=wan, codec=codec,
-            window=size["window"], steps=tuple(size["steps"]))
+            window=size["window"], steps=tuple(size["steps"]), reward_range=self._reward_range())
         return nano.fresh(config, cfg.seed)
 
     def _started(self, name: str, given: dict) -> Nano:
         """The network of ``init``, checked against data and settings."""
         assert self.cfg.init is not None
         free = {k: given[k] for k in ("window", "steps") if k in given}
-        network = nano.load_nano(self.cfg.init, name=name, fps=self.episodes.fps, **free)
+        network = nano.load_nano(self.cfg.init, name=name, fps=self.episodes.fps,
+                                 reward_range=self._reward_range(), **free)
         old, data = network.cfg, self.episodes
         mine = {"frames": tuple(old.codec.frame_hw), "actions": old.action, "width": old.wan.dim,
                 "layers": old.wan.num_layers}
@@ -155,6 +154,16 @@ class Fit:
                               expected=", ".join(f"{k} {want[k]}" for k in wrong),
                               fix="fit without --init, or record the same frame size and actions")
         return network
+
+    def _reward_range(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Lowest and highest reward of a step that went on, and of one that ended."""
+        data = self.episodes
+        rows = np.ones(data.rows, bool)
+        rows[data.starts] = False  # nothing was paid yet
+        rewards, ended = (data.take(k, np.flatnonzero(rows)) for k in ("rewards", "terminated"))
+        parts = [r if len(r) else rewards for r in (rewards[~ended], rewards[ended])]
+        go, end = ((float(r.min()), float(r.max())) for r in parts)
+        return go, end
 
     def _tag(self) -> str:
         """Which recordings these are."""
@@ -305,9 +314,8 @@ class Fit:
         sampler = OutcomeSampler(
             self.episodes, self.train_ids, head.cfg.frames, batch, cfg.seed,
             rank=group.rank, world_size=group.size, extra={"latents": self.latents})
-        scale = max(float(np.abs(self.episodes.episode(int(i))["rewards"]).max())
-                    for i in self.train_ids)  # of every row: rewards may be rare
-        head.reward_scale.fill_(scale or 1.0)
+        bounds = np.abs(np.asarray(self.nano.cfg.reward_range, np.float64))
+        head.reward_scale.fill_(float(bounds.max()) or 1.0)
 
         def loss(model, data, generator):
             past = torch.from_numpy(data["latents"].astype(np.float32)).to(device)
@@ -353,35 +361,12 @@ class Fit:
         cfg, data = self.cfg, self.episodes
         returns = [float(data.episode(i)["rewards"].sum()) for i in range(len(data))]
         return {
-            "command": cfg_command(cfg), "config": asdict(cfg), "seed": cfg.seed,
+            "command": command(cfg), "config": asdict(cfg), "seed": cfg.seed,
             "real_steps_used": int(data.steps), "episodes": len(data), "env": data.env,
             "mean_recorded_return": float(np.mean(returns)),
             "policies": dict(Counter(data.policies)), "training_seconds": self.seconds,
             "processes": self.group.size, "machine": machine(self.group.device),
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-
-
-def machine(device: torch.device) -> str:
-    """One line on where this runs."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} CPU cores, {math.ceil(memory)} GiB"
-
-
-def cfg_command(cfg: FitConfig) -> str:
-    """The command line that repeats this run: every setting that is not the default."""
-    words = ["worldgym fit"]
-    for field in fields(cfg):
-        value, flag = getattr(cfg, field.name), field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            many = value if isinstance(value, tuple) else [value]
-            words.append(f"--{flag} " + " ".join(shlex.quote(str(v)) for v in many))
-    return " ".join(words)
 
 
 def fit(cfg: FitConfig) -> Path:

@@ -1,0 +1,32 @@
+"""Where a world comes from: the command that made it, and the machine."""
+
+import math
+import os
+import shlex
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+
+def machine(device: torch.device) -> str:
+    """One line on where this runs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} CPU cores, {math.ceil(memory)} GiB"
+
+
+def command(cfg: Any) -> str:
+    """The command line that repeats a fit (``FitConfig``): every setting but the defaults."""
+    words = ["worldgym fit"]
+    for field in fields(cfg):
+        value, flag = getattr(cfg, field.name), field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            many = value if isinstance(value, tuple) else [value]
+            words.append(f"--{flag} " + " ".join(shlex.quote(str(v)) for v in many))
+    return " ".join(words)
