@@ -11,7 +11,8 @@ from worldgym.errors import ConfigError
 
 DESCRIPTION = "Learned video world models as ordinary reinforcement-learning environments."
 TAKE_COVER = "worldgym/TakeCover-v0"
-POLICY_HELP = "random, noop, constant:1, sticky:0.2, sweep:20, dodger, agent.zip or module:function"
+POLICY_HELP = ("random, noop, constant:1, sticky:0.2, sweep:20, dodger, noisy:0.1:POLICY, "
+               "agent.zip or module:function")
 
 
 @dataclass(kw_only=True)
@@ -24,7 +25,7 @@ class Collect:
         steps: record until the folder holds this many steps; what is there counts.
         policy: who plays; POLICY@0.3 gives one a share of the episodes.
         seed: seed of the whole recording.
-        frame_hw: height and width to resize frames to; default 48 80.
+        frame_hw: height and width to resize frames to; default 48 80, Take Cover 32 80.
         world: world folder; needed only if a policy was trained on latents.
     """
 
@@ -60,6 +61,7 @@ class Fit:
         clip: frames per clip.
         width: model width.
         layers: blocks of the network.
+        patch: latent cells of a token, height and width.
         window: frames the model sees.
         quick: fifty iterations of each part, to try the machinery.
         seed: seed of data order, noise and first weights.
@@ -78,6 +80,7 @@ class Fit:
     clip: int | None = None
     width: int | None = None
     layers: int | None = None
+    patch: tuple[int, int] | None = None
     window: int | None = None
     quick: bool = False
     seed: int = 0
@@ -112,6 +115,7 @@ class Train:
         horizon: steps after which a dream is cut; default: the world's.
         distrust: cut a dream when fork spread exceeds this.
         penalty: reward taken off per unit of fork spread.
+        hazard: reward taken off per unit of end chance.
         save_every: steps between checkpoints.
         set: hyperparameters of the algorithm, as name=value.
         real: train in the real game instead, for comparison.
@@ -129,6 +133,7 @@ class Train:
     horizon: int | None = None
     distrust: float | None = None
     penalty: float = 0.0
+    hazard: float = 0.0
     save_every: int = 50_000
     set: tuple[str, ...] = ()
     real: bool = False
@@ -143,7 +148,8 @@ class Train:
             algorithm=self.algorithm, steps=self.steps, minutes=self.minutes, envs=self.envs,
             seed=self.seed, observation=self.observation, frame_stack=self.frame_stack,
             save_every=self.save_every, hyperparameters=settings(self.set))
-        changes: dict[str, Any] = {"distrust": self.distrust, "penalty": self.penalty}
+        changes: dict[str, Any] = {"distrust": self.distrust, "penalty": self.penalty,
+                                   "hazard": self.hazard}
         if self.horizon is not None:
             changes["horizon"] = self.horizon
         task = load_task(self.world, **changes)

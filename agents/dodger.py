@@ -1,6 +1,6 @@
 """A pixel dodger for Take Cover: it sees fireballs, foresees where they land, and steps aside.
 
-What it knows of the game (48x80 frames, 90 degree view, no turning): a fireball whose place on
+What it knows of the game (32x80 frames, 90 degree view, no turning): a fireball whose place on
 the screen stands still while it grows is on collision course; its size says how many steps are
 left; action 1 slides right, 2 left. Units: one step of a fireball's flight is 1 in depth.
 """
@@ -15,8 +15,8 @@ from worldgym.actions import ActionSpec
 from worldgym.agents.policy import SlotPolicy
 from worldgym.errors import MissingDependencyError, ShapeError
 
-HORIZON = 20  # rows above it never show a fireball that matters
-STEPS_TIMES_PIXELS = 20.0  # a fireball d pixels wide hits in 20 / d steps (measured)
+HORIZON = 9  # rows above it never show a fireball that matters
+STEPS_TIMES_PIXELS = 22.4  # a fireball d pixels wide hits in 20 / d steps (measured)
 SPEED = {0: 0.0, 1: 0.7, 2: -0.7}  # sideways speed an action leads to (measured)
 PICK_UP = 0.5  # share of the missing speed gained per step
 
@@ -94,10 +94,10 @@ def travel(speed: float, target: float, steps: float) -> float:
 
 def wall_shares(frame_HWC: np.ndarray) -> tuple[float, float]:
     """How much of the lower left and lower right corner is brown brick."""
-    if frame_HWC.shape != (48, 80, 3):
+    if frame_HWC.shape != (32, 80, 3):
         raise ShapeError("the dodger knows one frame size", given=frame_HWC.shape,
-                         expected=(48, 80, 3), fix="use it in Take Cover, or use sweep:20")
-    low = frame_HWC[28:].astype(np.int16)
+                         expected=(32, 80, 3), fix="use it in Take Cover, or use sweep:20")
+    low = frame_HWC[19:].astype(np.int16)
     brown = (low[..., 0] - low[..., 2]) > 18
     return float(brown[:, :16].mean()), float(brown[:, -16:].mean())
 

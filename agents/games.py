@@ -50,7 +50,7 @@ def record(env: str, out: Path, steps: int, policies: Sequence[str], *, seed: in
     from worldgym.envs.spaces import action_spec
     from worldgym.envs.twins import real_env_factory
 
-    factory = real_env_factory(env, frame_hw) if frame_hw else real_env_factory(env)
+    factory = real_env_factory(env, frame_hw)
     game = factory()
     action = action_spec(game.action_space)
     game.close()

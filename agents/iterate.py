@@ -6,6 +6,7 @@ part of the result.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from worldgym.agents import results
 from worldgym.agents.train import TrainConfig, Trained, train_in_dream
-from worldgym.errors import ConfigError
+from worldgym.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def iterate(
     train: Callable[[Any, TrainConfig, Path], Trained] = train_in_dream,
     agent: Path | None = None,
 ) -> list[Round]:
-    """Run ``rounds`` rounds; a round whose agent exists already is taken as it is.
+    """Run ``rounds`` rounds; one that ``out/iterate.json`` knows already is taken as it is.
 
     Args:
         world: the world to begin with.
@@ -55,9 +56,11 @@ def iterate(
     if rounds < 1:
         raise ConfigError("impossible number of rounds", given=rounds, expected="1 or more",
                           fix="pass --rounds 1")
-    done: list[Round] = []
+    done = _noted(out)[:rounds]
+    if done:
+        world, agent = done[-1].world, done[-1].agent
     total = _steps(data)
-    for number in range(1, rounds + 1):
+    for number in range(len(done) + 1, rounds + 1):
         folder = out / f"round-{number}"
         before = total
         if not (folder / "world" / "world.json").is_file():
@@ -78,9 +81,23 @@ def _steps(data: Path) -> int:
     return Episodes.open(data).steps if (data / "index.json").is_file() else 0
 
 
-def _note(out: Path, done: list[Round]) -> None:
-    import json
+def _noted(out: Path) -> list[Round]:
+    """The rounds that an earlier call finished, with what they cost."""
+    path = out / "iterate.json"
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text())["rounds"]
+        done = [Round(r["round"], Path(r["world"]), Path(r["agent"]), r["real_steps"],
+                      r["real_steps_total"]) for r in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("iterate.json is broken", given=path,
+                              expected="what an earlier call wrote",
+                              fix="use another folder") from error
+    return [r for r in done if r.agent.is_file()]
 
+
+def _note(out: Path, done: list[Round]) -> None:
     text = json.dumps({"about": results.about(), "rounds": [
         {"round": r.number, "world": str(r.world), "agent": str(r.agent),
          "real_steps": r.real_steps, "real_steps_total": r.real_steps_total} for r in done]},
@@ -100,8 +117,8 @@ def from_command(command: Any, fit_settings: dict[str, Any]) -> list[Round]:
     folder = TASKS[env]["folder"] if env in TASKS else Path(env)
 
     def collect(data: Path, agent: Path | None, world: str | Path, number: int) -> int:
-        players = ("sticky:0.2", "sticky:0.5") if agent is None else (str(agent),) * 3 + (
-            "sticky:0.2",)
+        players = ("sticky:0.2", "sticky:0.5") if agent is None else (
+            f"{agent}@3", "sticky:0.2")
         have = Episodes.open(data)
         print(record(first.twin or env, data, have.steps + command.real_steps, players,
                      seed=have.env.get("record_seed", 0), frame_hw=first.world.spec.frame_hw,

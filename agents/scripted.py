@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from worldgym.actions import ActionSpec
-from worldgym.agents.policy import Policy, SlotPolicy, idle_action, sample_action
+from worldgym.agents.policy import Policy, SlotPolicy, acting, idle_action, sample_action
 from worldgym.errors import ConfigError
 
 
@@ -82,6 +82,44 @@ class Sweep(SlotPolicy):
         return self.action.start + 1 + (t // self.period + self._first[slot]) % 2
 
 
+class Noisy(SlotPolicy):
+    """Another policy that slips: by chance ``p`` a step it holds a random action, 1 to 8 steps.
+
+    Recordings of a good player alone never show what a mistake leads to.
+    """
+
+    def __init__(self, action: ActionSpec, p: float, player: Policy) -> None:
+        super().__init__(action)
+        if not 0 <= p <= 1:
+            raise ConfigError("noisy needs a probability", given=p, expected="0 <= p <= 1",
+                              fix="write noisy:0.1:dodger")
+        self.name, self.p, self.player = f"noisy:{p:g}:{player.name}", p, player
+        self._slip: dict[int, tuple[int, np.ndarray]] = {}
+        self._wish: dict[int, np.ndarray] = {}
+
+    def reset(self, n: int, seed: int) -> None:
+        super().reset(n, seed)
+        self.player.reset(n, seed)
+
+    def act(self, frames_NHWC: np.ndarray, t: int | np.ndarray,
+            slots: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        wishes = self.player.act(frames_NHWC, t, slots)
+        index, _ = acting(len(frames_NHWC), t, slots, len(self.rngs))
+        self._wish = dict(zip(index.tolist(), wishes, strict=True))
+        return super().act(frames_NHWC, t, slots)
+
+    def start(self, slot: int) -> None:
+        self._slip[slot] = (0, idle_action(self.action))
+
+    def choose(self, slot: int, t: int, frame_HWC: np.ndarray) -> np.ndarray:
+        left, held = self._slip[slot]
+        if not left and self.rngs[slot].random() < self.p:
+            left = int(self.rngs[slot].integers(1, 9))
+            held = sample_action(self.action, self.rngs[slot])
+        self._slip[slot] = (max(0, left - 1), held)
+        return held if left else self._wish[slot]
+
+
 def _needs_three(action: ActionSpec, who: str) -> None:
     if action.kind != "discrete" or action.sizes != (3,):
         raise ConfigError(f"{who} moves left and right only", given=f"{action.kind}{action.sizes}",
@@ -105,7 +143,8 @@ def _number(text: str, name: str, kind: type = float) -> float:
 
 
 EXAMPLES = {"random": "random", "noop": "noop", "constant": "constant:1", "sticky": "sticky:0.2",
-            "sweep": "sweep:20", "dodger": "dodger"}
+            "sweep": "sweep:20", "dodger": "dodger",
+            "noisy": "noisy:0.1:dodger"}
 
 _TABLE: dict[str, Callable[[ActionSpec, str | None], Policy]] = {
     "random": lambda a, _: Random(a),
@@ -121,8 +160,9 @@ def parse_policy(name: str, action: ActionSpec, world: object | None = None) -> 
     """Make the policy that ``name`` says.
 
     Args:
-        name: ``random``, ``noop``, ``constant:1``, ``sticky:0.2``, ``sweep:20``, ``dodger``, a
-            trained ``model.zip``, or ``module:function`` (called with the action spec).
+        name: ``random``, ``noop``, ``constant:1``, ``sticky:0.2``, ``sweep:20``, ``dodger``,
+            ``noisy:0.1:POLICY``, a trained ``model.zip``, or ``module:function`` (called with the
+            action spec).
         action: the game's actions.
         world: a world (or a function that makes one), needed to encode frames for a policy that
             was trained on latent observations.
@@ -133,6 +173,9 @@ def parse_policy(name: str, action: ActionSpec, world: object | None = None) -> 
             raise ConfigError(f"policy {head} takes no argument", given=name, expected=head,
                               fix=f"write {head}")
         return _TABLE[head](action, tail or None)
+    if head == "noisy" and ":" in tail:
+        chance, _, player = tail.partition(":")
+        return Noisy(action, _number(chance, "noisy"), parse_policy(player, action, world))
     if name.endswith(".zip"):
         from worldgym.agents.model import load_agent
 

@@ -118,7 +118,8 @@ def train_in_dream(task: Any, config: TrainConfig, folder: str | Path) -> Traine
 
     facts = {"env": task.name, "where": "dream", "frame_hw": list(task.world.spec.frame_hw),
              "action": asdict(task.world.spec.action), "horizon": task.horizon,
-             "distrust": task.distrust, "penalty": task.penalty, "forks": task.forks,
+             "distrust": task.distrust, "penalty": task.penalty,
+             "hazard": task.hazard, "forks": task.forks,
              "world": str(getattr(task.world, "fingerprint", task.world.spec.name))}
     return train(make, config, folder, facts)
 

@@ -231,6 +231,8 @@ class DreamCore:
             state.world, acts, slots=None if live is None else live.tolist(),
             per_frame=self.per_frame)
         reward, ended, last = outcome.judge(task, chunk, self.frames)
+        if task.hazard:
+            reward = reward - task.hazard * outcome.end_chance(chunk)
         if spread is not None:
             reward = reward - task.penalty * spread
             batch.uncertainty_B = np.zeros(slots)

@@ -10,7 +10,8 @@ from worldgym.envs.tasks import Task, check_names, load_task
 from worldgym.envs.vector import DreamVectorEnv
 from worldgym.errors import ConfigError
 
-TASK_SETTINGS = ("horizon", "distrust", "penalty", "forks", "reward", "end", "spread", "starts")
+TASK_SETTINGS = ("horizon", "distrust", "penalty", "hazard", "forks", "reward", "end", "spread",
+                 "starts")
 VIEW_SETTINGS = tuple(f.name for f in fields(ViewConfig))
 
 World = str | Path | Task
@@ -44,7 +45,7 @@ def make_dream(world: World, **settings: Any) -> DreamEnv:
     Args:
         world: "worldgym/TakeCover-v0", a folder that ``worldgym fit`` wrote, or a task.
         settings: render_mode; observation, frame_stack, actions, info_frames; horizon, distrust,
-            penalty, forks, reward, end, spread, starts; max_episode_steps; device.
+            penalty, hazard, forks, reward, end, spread, starts; max_episode_steps; device.
 
     Raises:
         ConfigError: an unknown or impossible setting. CheckpointError: files are missing or broken.

@@ -9,7 +9,7 @@ import numpy as np
 
 from worldgym.envs.spaces import to_numpy
 from worldgym.envs.tasks import Task
-from worldgym.errors import NotFiniteError, ShapeError
+from worldgym.errors import ConfigError, NotFiniteError, ShapeError
 
 REASONS = ("", "horizon", "context", "distrust")  # a reason code is an index into this tuple
 
@@ -78,6 +78,20 @@ def _shaped(value: np.ndarray, slots: int, frames: int | None, name: str) -> np.
             fix="return one value for every slot, or one for every slot and frame",
         )
     return value
+
+
+def end_chance(chunk: Any) -> np.ndarray:
+    """Chance (B,) that a world's end head gave the end of each slot.
+
+    Raises:
+        ConfigError: the world has no end head.
+    """
+    chance = getattr(chunk, "end_probability_B", None)
+    if chance is None:
+        raise ConfigError("no end chance to take off the reward", given="a world without end head",
+                          expected="a world whose chunks tell end_probability_B",
+                          fix="leave hazard at 0")
+    return to_numpy(chance).astype(np.float64)
 
 
 def truncations(

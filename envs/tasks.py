@@ -43,7 +43,9 @@ class Task:
 
     ``horizon``: steps after which an episode is truncated (None: never). ``distrust``: truncate
     when the uncertainty of a step (spread over ``forks`` forks with fresh noise) exceeds this.
-    ``penalty``: uncertainty times this is taken off the reward. ``spread``: how uncertainty is
+    ``penalty``: uncertainty times this is taken off the reward. ``hazard``: the end chance of a
+    step times this is taken off its reward, so that an agent feels a danger that it was lucky to
+    survive. ``spread``: how uncertainty is
     measured, ``(world, state, actions, forks) -> (B,)``; None: ``worldgym.uncertainty``.
     """
 
@@ -55,6 +57,7 @@ class Task:
     horizon: int | None = None
     distrust: float | None = None
     penalty: float = 0.0
+    hazard: float = 0.0
     forks: int = 4
     spread: Callable[..., Any] | None = None
     twin: str | None = None
@@ -68,7 +71,8 @@ class Task:
             raise ConfigError("impossible number of forks", given=repr(self.forks),
                               expected="an int of at least 2", fix="pass forks=4")
         value: Any
-        for name, value in (("distrust", self.distrust), ("penalty", self.penalty)):
+        for name, value in (("distrust", self.distrust), ("penalty", self.penalty),
+                            ("hazard", self.hazard)):
             if value is None and name == "distrust":
                 continue
             number = isinstance(value, int | float | np.number) and not isinstance(value, bool)

@@ -8,6 +8,8 @@ Death reports ``terminated`` and its frame is black, because the game has no scr
 game itself never times out; the twin truncates at 2100 tics (525 steps, the usual limit of this
 task), where ``truncated`` is True, ``terminated`` is False and the frame is a real one.
 The first frame of every episode is the same whatever the seed; monsters appear later.
+Everything happens between rows 31 and 95 of the screen (above and below it are bare ceiling and
+floor), so that is what frames show: 64 rows and 160 columns, halved.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from worldgym.errors import (
 TAKE_COVER = "VizdoomTakeCover-v1"
 TWINS = {"worldgym/TakeCover-v0": TAKE_COVER, "TakeCover": TAKE_COVER, TAKE_COVER: TAKE_COVER}
 FRAME_SKIP, TICS_PER_SECOND, TIMEOUT_TICS = 4, 35, 2100
+TAKE_COVER_ROWS, TAKE_COVER_HW, ANY_HW = (31, 95), (32, 80), (48, 80)
 SMALLEST_IMAGE = 16  # pixels; MiniGrid's 7x7x3 "image" is a table of symbols, not a picture
 
 # families whose ids appear only after an import: (id prefix, module, pip name)
@@ -43,15 +46,19 @@ FAMILIES = (("Vizdoom", "vizdoom.gymnasium_wrapper", "vizdoom"), ("ALE/", "ale_p
 ACTION_SPACES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
 
 
-def real_env(name: str, frame_hw: tuple[int, int] = (48, 80), *, full_frame: bool = False,
-             key: str | None = None, source: str = "auto", **kwargs: Any) -> gym.Env:
+def real_env(name: str, frame_hw: tuple[int, int] | None = None, *, full_frame: bool = False,
+             rows: tuple[int, int] | None = None, key: str | None = None, source: str = "auto",
+             **kwargs: Any) -> gym.Env:
     """The real game as a Gymnasium environment with uint8 (H, W, 3) observations.
 
     ``reset(seed=s)`` gives the same episode for the same actions, whatever was played before.
 
     Args:
         name: "worldgym/TakeCover-v0" (or a Gymnasium id; any game that shows an image).
-        frame_hw: height and width of the observation, pixels.
+        frame_hw: height and width of the observation, pixels; default 32x80 for Take Cover, else
+            48x80.
+        rows: first row of the original image to show, and the one after the last; default: all,
+            in Take Cover (31, 95).
         full_frame: also put the original image into ``info["screen"]``.
         key: which entry of a Dict observation is the image; default: the only one that is.
         source: "observation", "render", or "auto" (the observation if it is an image).
@@ -62,9 +69,11 @@ def real_env(name: str, frame_hw: tuple[int, int] = (48, 80), *, full_frame: boo
         MissingDependencyError: the game's package or OpenCV is not installed.
     """
     env_id = TWINS.get(name, name)
-    frame_hw = _check_hw(frame_hw)
-    recipe = {"id": env_id, "frame_hw": list(frame_hw), "key": key, "source": source,
-              "kwargs": dict(kwargs)}
+    if env_id == TAKE_COVER:
+        rows = rows or TAKE_COVER_ROWS
+    frame_hw = _check_hw(frame_hw or default_hw(name))
+    recipe = {"id": env_id, "frame_hw": list(frame_hw), "rows": rows and list(rows),
+              "key": key, "source": source, "kwargs": dict(kwargs)}
     env: gym.Env | None
     if env_id == TAKE_COVER:
         base = {"frame_skip": FRAME_SKIP, "screen_resolution": "RES_160X120",
@@ -73,8 +82,8 @@ def real_env(name: str, frame_hw: tuple[int, int] = (48, 80), *, full_frame: boo
         base["max_episode_steps"] = TIMEOUT_TICS // skip
         env = _make(env_id, **(base | kwargs))
         return ImageObservation(env, frame_hw, key="screen", source="observation",
-                                full_frame=full_frame, health="gamevariables", recipe=recipe,
-                                fps=TICS_PER_SECOND / skip)
+                                full_frame=full_frame, rows=rows, health="gamevariables",
+                                recipe=recipe, fps=TICS_PER_SECOND / skip)
     if source not in ("auto", "observation", "render"):
         raise ConfigError("unknown source of the image", given=source,
                           expected="'auto', 'observation' or 'render'", fix="use 'auto'")
@@ -85,16 +94,21 @@ def real_env(name: str, frame_hw: tuple[int, int] = (48, 80), *, full_frame: boo
         env, source = _make(env_id, **({"render_mode": "rgb_array"} | kwargs)), "render"
     try:
         return ImageObservation(env, frame_hw, key=key, source=source, full_frame=full_frame,
-                                recipe=recipe)
+                                rows=rows, recipe=recipe)
     except Exception:
         env.close()
         raise
 
 
-def real_env_factory(name: str, frame_hw: tuple[int, int] = (48, 80),
+def default_hw(name: str) -> tuple[int, int]:
+    """Frame size of a game's observations where none is asked for."""
+    return TAKE_COVER_HW if TWINS.get(name, name) == TAKE_COVER else ANY_HW
+
+
+def real_env_factory(name: str, frame_hw: tuple[int, int] | None = None,
                      **kwargs: Any) -> Callable[[], gym.Env]:
     """A picklable function that makes ``real_env(name, frame_hw, **kwargs)``, for vector envs."""
-    return partial(real_env, name, _check_hw(frame_hw), **kwargs)
+    return partial(real_env, name, _check_hw(frame_hw or default_hw(name)), **kwargs)
 
 
 class ImageObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
@@ -105,6 +119,7 @@ class ImageObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         frame_hw: height and width, pixels.
         key: entry of a Dict observation; default: the only image in it.
         source: "observation", "render" or "auto".
+        rows: rows of the original image to show, as (first, one after the last); default: all.
         full_frame: put the original image into ``info["screen"]``.
         health: entry of a Dict observation whose first number becomes ``info["health"]``.
         recipe: how the environment was made, as JSON values (kept with recordings).
@@ -113,13 +128,13 @@ class ImageObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
     ``render()`` gives the newest original image.
     """
 
-    def __init__(self, env: gym.Env, frame_hw: tuple[int, int] = (48, 80), *,
+    def __init__(self, env: gym.Env, frame_hw: tuple[int, int] = ANY_HW, *,
                  key: str | None = None, source: str = "auto", full_frame: bool = False,
-                 health: str | None = None, recipe: dict[str, Any] | None = None,
-                 fps: float | None = None) -> None:
+                 rows: tuple[int, int] | None = None, health: str | None = None,
+                 recipe: dict[str, Any] | None = None, fps: float | None = None) -> None:
         gym.utils.RecordConstructorArgs.__init__(
-            self, frame_hw=frame_hw, key=key, source=source, full_frame=full_frame, health=health,
-            recipe=recipe, fps=fps)
+            self, frame_hw=frame_hw, key=key, source=source, full_frame=full_frame, rows=rows,
+            health=health, recipe=recipe, fps=fps)
         gym.Wrapper.__init__(self, env)
         self.frame_hw, self.full_frame, self.health = _check_hw(frame_hw), full_frame, health
         self._cv2 = _load_cv2()
@@ -132,6 +147,7 @@ class ImageObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self.fps = float(fps or env.metadata.get("render_fps") or 30)
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": self.fps}
         self.recipe = dict(recipe or {})
+        self.rows = None if rows is None else _check_rows(rows)
         self._screen: np.ndarray | None = None
         self._unit_scale = self._is_unit_scale()
 
@@ -192,7 +208,16 @@ class ImageObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             info["screen"] = self._screen.copy()
         if self.health is not None:
             info["health"] = float(observation[self.health][0])
-        return resize(self._screen, self.frame_hw), info
+        return resize(self._shown(self._screen), self.frame_hw), info
+
+    def _shown(self, image: np.ndarray) -> np.ndarray:
+        """The rows that are observed."""
+        if self.rows is None:
+            return image
+        if self.rows[1] > len(image):
+            raise ConfigError("the picture has too few rows", given=f"{len(image)} rows",
+                              expected=f"rows up to {self.rows[1]}", fix="change rows")
+        return image[self.rows[0]:self.rows[1]]
 
     def reset(self, *, seed: int | None = None,
               options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -314,6 +339,14 @@ def _load_cv2() -> Any:
             fix="pip install 'worldgym[rl]'") from error
     cv2.setNumThreads(1)  # frames are tiny: threads cost more than they give
     return cv2
+
+
+def _check_rows(rows: Sequence[int]) -> tuple[int, int]:
+    first, stop = (int(v) for v in rows)
+    if not 0 <= first < stop:
+        raise ConfigError("impossible rows", given=tuple(rows), expected="0 <= first < stop",
+                          fix="for example (31, 95)")
+    return first, stop
 
 
 def _check_hw(frame_hw: Sequence[int]) -> tuple[int, int]:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes import LIVE, FakeBank, FakeWorld, fake_env, fake_task, nano_env
+from tests.fakes import LIVE, FakeBank, FakeWorld, fake_env, fake_task, nano_env, nano_task
 from worldgym.envs.core import DreamCore
 from worldgym.envs.make import make_dream
 from worldgym.envs.opening import ViewConfig
 from worldgym.envs.state import EnvState
 from worldgym.envs.tasks import TASKS, Task, load_task
-from worldgym.errors import ClosedError, NotFiniteError, ResetNeeded, ShapeError
+from worldgym.errors import ClosedError, ConfigError, NotFiniteError, ResetNeeded, ShapeError
 
 
 @pytest.fixture
@@ -219,6 +219,19 @@ def test_penalty_is_taken_off_the_reward():
     fearful.reset(seed=0)
     a, b = plain.step(1), fearful.step(1)
     assert b[1] == a[1] - 0.5 and b[4]["uncertainty"] == 0.25 and "uncertainty" not in a[4]
+
+
+def test_hazard_times_end_chance_is_taken_off_the_reward():
+    seen, plain, careful = [], make_dream(nano_task(end="never")), make_dream(nano_task(
+        end=lambda chunk: seen.append(chunk.end_probability_B[0]) or np.zeros(1, bool), hazard=3.0))
+    for env in (plain, careful):
+        env.reset(seed=0)
+    loss = plain.step(1)[1] - careful.step(1)[1]
+    assert 0 < seen[0] < 1 and np.isclose(loss, 3 * seen[0])
+    blind = fake_env(hazard=1.0)
+    blind.reset(seed=0)
+    with pytest.raises(ConfigError, match="end_probability_B"):
+        blind.step(1)
 
 
 def test_state_is_a_value_and_forks_are_independent():

@@ -139,6 +139,7 @@ MAKE_ROWS = {
     "horizon zero": (lambda: fake_env(horizon=0), ConfigError, "0"),
     "max steps negative": (lambda: fake_env(max_episode_steps=-1), ConfigError, "-1"),
     "distrust negative": (lambda: fake_env(distrust=-0.1), ConfigError, "-0.1"),
+    "hazard below 0": (lambda: fake_env(hazard=-1.0), ConfigError, "hazard"),
     "penalty nan": (lambda: fake_env(penalty=NAN), ConfigError, "nan"),
     "one fork": (lambda: fake_env(forks=1), ConfigError, "1"),
     "reward word": (lambda: fake_env(reward="score"), ConfigError, "score"),

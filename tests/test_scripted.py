@@ -20,7 +20,7 @@ SPECS = [
 
 def play(policy, n=3, steps=6, seed=0):
     policy.reset(n, seed)
-    frames = np.zeros((n, 48, 80, 3), np.uint8)
+    frames = np.zeros((n, 32, 80, 3), np.uint8)
     return np.stack([policy.act(frames, t) for t in range(steps)])
 
 
@@ -40,7 +40,7 @@ def test_a_slot_does_not_depend_on_the_others(name):
     policy = parse_policy(name, THREE)
     together = play(policy, n=3)
     policy.reset(3, 0)
-    alone = [policy.act(np.zeros((1, 48, 80, 3), np.uint8), t, slots=[2])[0] for t in range(6)]
+    alone = [policy.act(np.zeros((1, 32, 80, 3), np.uint8), t, slots=[2])[0] for t in range(6)]
     assert together[:, 2].tolist() == [int(a) for a in alone]
 
 
@@ -65,14 +65,32 @@ def test_bad_names_are_refused(name):
     assert "Fix:" in str(caught.value)
 
 
+def test_noisy_slips_and_otherwise_plays_on():
+    frames = np.zeros((2, 32, 80, 3), np.uint8)
+
+    def play(name, slots=None):
+        policy = parse_policy(name, THREE)
+        policy.reset(2, 4)
+        return np.array([policy.act(frames if slots is None else frames[:len(slots)], t, slots)
+                         for t in range(300)])
+
+    sweep, noisy = play("sweep:20"), play("noisy:0.05:sweep:20")
+    assert np.array_equal(play("noisy:0:sweep:20"), sweep)
+    assert 0.05 < (noisy != sweep).mean() < 0.3
+    assert np.array_equal(play("noisy:0.05:sweep:20", [1])[:, 0], noisy[:, 1])
+    for wrong in ("noisy", "noisy:2:random", "noisy:x:random", "noisy:0.1:nobody"):
+        with pytest.raises(ConfigError):
+            parse_policy(wrong, THREE)
+
+
 def test_sweep_needs_left_and_right():
     with pytest.raises(ConfigError, match="left and right"):
         parse_policy("sweep:20", ActionSpec.discrete(5))
 
 
 def frame_with_ball(x, size):
-    frame = np.full((48, 80, 3), 90, np.uint8)
-    frame[30:30 + size, x:x + size] = (250, 230, 60)
+    frame = np.full((32, 80, 3), 90, np.uint8)
+    frame[18:18 + size, x:x + size] = (250, 230, 60)
     return frame
 
 
@@ -92,7 +110,7 @@ def test_dodger_sees_balls_and_walls():
     mind = Memory(balls=balls)
     again = follow(mind, find_balls(frame_with_ball(50, 5)))
     assert again[0].drift is not None and again[0].steps < balls[0].steps
-    brick = np.full((48, 80, 3), 90, np.uint8)
+    brick = np.full((32, 80, 3), 90, np.uint8)
     brick[:, 60:] = (120, 90, 60)
     left, right = wall_shares(brick)
     assert left == 0 and right > 0.9

@@ -134,12 +134,18 @@ def test_take_cover_episodes_repeat_and_end_black(take_cover):
     frames, rewards, terminated, truncated, info = play(take_cover, 5, actions)
     other = play(take_cover, 6, actions)[0]
     again = play(take_cover, 5, actions)
-    assert frames.shape[1:] == (48, 80, 3) and np.array_equal(frames, again[0])
+    assert frames.shape[1:] == (32, 80, 3) and np.array_equal(frames, again[0])
     assert rewards == again[1] and not np.array_equal(frames[-2], other[-2])
     assert terminated is True and truncated is False and info["health"] == 0
     assert frames[-1].max() == 0 and frames[-2].max() > 0
     assert set(rewards[:-1]) == {4.0} and 1 <= rewards[-1] <= 4
     assert info["screen"].shape == (120, 160, 3) and take_cover.fps == 8.75
+
+
+def test_take_cover_shows_the_rows_where_it_happens(take_cover):
+    frame, info = take_cover.reset(seed=3)
+    assert np.array_equal(frame, twins.resize(info["screen"][31:95], (32, 80)))
+    assert take_cover.recipe["rows"] == [31, 95]
 
 
 def test_take_cover_is_truncated_at_525_steps(take_cover):

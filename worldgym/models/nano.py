@@ -30,19 +30,19 @@ from worldgym.spec import WorldSpec
 WEIGHTS, CARD = "world.safetensors", "world.json"
 
 
-def patch_for(latent_chw: tuple[int, int, int]) -> int:
-    """Latent cells per side of a token: 2 on a large even grid, else 1; about 16 to 40 tokens."""
+def patch_for(latent_chw: tuple[int, int, int]) -> tuple[int, int]:
+    """Latent cells of a token: 2x2 on a large even grid, else one; about 16 to 40 tokens."""
     _, h, w = latent_chw
-    return 2 if h * w > 40 and h % 2 == 0 and w % 2 == 0 else 1
+    return (2, 2) if h * w > 40 and h % 2 == 0 and w % 2 == 0 else (1, 1)
 
 
 def dit_config(channels: int, recent: int, width: int = 128, layers: int = 6,
-               head: int = 32, patch: int = 2) -> WanConfig:
+               head: int = 32, patch: tuple[int, int] = (2, 2)) -> WanConfig:
     """A small text-free DiT for ``channels`` latent channels and ``recent`` frames beside each."""
     return WanConfig(dim=width, ffn_dim=4 * width, num_heads=max(1, width // head),
                      num_layers=layers,
                      in_dim=channels * (1 + recent), out_dim=channels, freq_dim=width // 2,
-                     text_len=0, patch_size=(1, patch, patch))
+                     text_len=0, patch_size=(1, *patch))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,8 @@ from worldgym.train.metrics import measure
 from worldgym.train.provenance import command, machine
 
 CODEC_BATCH, OUTCOME_BATCH = 32, 128  # frames, transitions
-SIZES: dict[str, Any] = {"width": 128, "layers": 6, "window": 6, "steps": (1000.0, 850.0, 600.0)}
+SIZES: dict[str, Any] = {"patch": None, "width": 128, "layers": 6, "window": 6,
+                         "steps": (1000.0, 850.0, 600.0)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +43,9 @@ class FitConfig:
     ``data``: folder of recorded episodes; ``out``: world folder to make; ``init``: world folder to
     start from (its codec is kept as it is, so that latents stay comparable).
     Iterations are per part; the defaults take about two hours on two cores, ``quick`` a minute.
-    ``width``, ``layers``, ``window`` (frames seen), ``steps`` (denoising timesteps): default
-    ``SIZES``, or those of ``init``, which may change only the last two.
+    ``width``, ``layers``, ``patch`` (latent cells of a token: height, width), ``window`` (frames
+    seen), ``steps`` (denoising timesteps): default ``SIZES``, or those of ``init``, of which only
+    the last two may change.
     ``outcome_noise``: most noise on latents that the heads read; ``starts``: start states to keep.
     ``keep_terminal_frames``: learn to draw the frame after an ending (off: games often show black).
     ``shard``: fully sharded over the processes instead of copies; AdamW then replaces Muon.
@@ -61,6 +63,7 @@ class FitConfig:
     clip: int = 8
     width: int | None = None
     layers: int | None = None
+    patch: tuple[int, int] | None = None
     window: int | None = None
     steps: tuple[float, ...] | None = None
     dynamics_lr: float = 2e-3
@@ -128,7 +131,7 @@ class Fit:
         size = SIZES | given
         codec = CodecConfig(frame_hw=(data.frame_hw[0], data.frame_hw[1]))
         wan = nano.dit_config(codec.channels, 3, size["width"], size["layers"],
-                              patch=nano.patch_for(codec.latent_chw))
+                              patch=tuple(size["patch"] or nano.patch_for(codec.latent_chw)))
         config = NanoConfig(
             name=name, action=data.action, fps=data.fps, wan=wan, codec=codec,
             window=size["window"], steps=tuple(size["steps"]), reward_range=self._reward_range())
@@ -142,10 +145,11 @@ class Fit:
                                  reward_range=self._reward_range(), **free)
         old, data = network.cfg, self.episodes
         mine = {"frames": tuple(old.codec.frame_hw), "actions": old.action, "width": old.wan.dim,
-                "layers": old.wan.num_layers}
+                "layers": old.wan.num_layers, "patch": tuple(old.wan.patch_size[1:])}
         want = {"frames": tuple(data.frame_hw), "actions": data.action,
                 "width": given.get("width", old.wan.dim),
-                "layers": given.get("layers", old.wan.num_layers)}
+                "layers": given.get("layers", old.wan.num_layers),
+                "patch": tuple(given.get("patch", old.wan.patch_size[1:]))}
         wrong = [k for k in mine if mine[k] != want[k]]
         if wrong:
             raise ConfigError("the world to start from does not fit",
