@@ -63,6 +63,7 @@ class Fit:
         layers: blocks of the network.
         patch: latent cells of a token, height and width.
         window: frames the model sees.
+        temperature: of the sampler's noise; above 1 what is rare happens more often.
         quick: fifty iterations of each part, to try the machinery.
         seed: seed of data order, noise and first weights.
         device: cpu or cuda.
@@ -82,6 +83,7 @@ class Fit:
     layers: int | None = None
     patch: tuple[int, int] | None = None
     window: int | None = None
+    temperature: float | None = None
     quick: bool = False
     seed: int = 0
     device: str = "cpu"

@@ -63,6 +63,20 @@ def nothing_leaks(world):
 # ------------------------------------------------------------------------- replay, invariance
 
 
+def test_temperature_scales_the_noise_and_nothing_else():
+    worlds = [nano.tiny(temperature=t) for t in (1.0, 1.0, 1.5)]
+    seen = []
+    for w in worlds:
+        _, chunk = w.step(begin(w, 2), [0, 1])
+        seen.append(chunk)
+    assert torch.equal(seen[0].latents_BFChw, seen[1].latents_BFChw)
+    assert not torch.allclose(seen[0].latents_BFChw, seen[2].latents_BFChw)
+    assert np.array_equal(seen[0].end_probability_B, seen[2].end_probability_B)
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="temperature"):
+            nano.tiny(temperature=wrong)
+
+
 def test_same_seed_same_bytes(world):
     _, first = play(world, begin(world), 6)
     torch.rand(3)

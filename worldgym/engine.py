@@ -62,20 +62,26 @@ class World:
             ``frames`` attribute; None = no reward and no end (give the task functions instead).
         policy: context memory.
         schedule: denoising passes of a step.
+        temperature: standard deviation of the sampler's noise; above 1 what is rare happens
+            more often (Ha and Schmidhuber, 2018, do the same to their mixture).
         context_noise: timestep told to the network for frames in memory (0 = clean).
         max_pages: page budget of the pool.
     """
 
     def __init__(self, spec: WorldSpec, codec: Codec, dynamics: Dynamics, outcome: Any,
-                 policy: SinkWindow, schedule: FewStep, *, context_noise: float = 0.0,
-                 fingerprint: str = "", device: torch.device | str = "cpu",
-                 max_pages: int | None = None) -> None:
+                 policy: SinkWindow, schedule: FewStep, *, temperature: float = 1.0,
+                 context_noise: float = 0.0, fingerprint: str = "",
+                 device: torch.device | str = "cpu", max_pages: int | None = None) -> None:
         if spec.latents_per_chunk != 1:
             raise ConfigError("chunk is too long for this engine", given=spec.latents_per_chunk,
                               expected="1 latent frame per step", fix="set latents_per_chunk=1")
+        if not 0 < temperature <= 10:
+            raise ConfigError("impossible temperature", given=temperature,
+                              expected="a number above 0, at most 10", fix="use 1.0, or about 1.3")
         self.spec, self.device = spec, torch.device(device)
         self.codec, self.dynamics, self.outcome = codec, dynamics, outcome
         self.schedule, self.context_t = schedule, 1000 * context_noise
+        self.temperature = temperature
         self.fingerprint = fingerprint
         cfg = dynamics.cfg.wan
         _, h, w = spec.latent_chw
@@ -209,7 +215,7 @@ class World:
         shape = self.spec.latent_chw
 
         def noise(number: int) -> Tensor:
-            return normal(keys, number, shape, self.device)[:, :, None]
+            return self.temperature * normal(keys, number, shape, self.device)[:, :, None]
 
         pending, cond = self._condition(state.pending_BA[:, None]), self._condition(
             action_BA[:, None])

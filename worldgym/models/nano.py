@@ -49,9 +49,9 @@ def dit_config(channels: int, recent: int, width: int = 128, layers: int = 6,
 class NanoConfig:
     """Everything that fixes a nano world but its weights.
 
-    ``steps``: denoising timesteps of one step (1000 = pure noise); ``context_noise``: noise level
-    told to the network for frames in memory; ``end_scale``: factor on the end chance;
-    ``reward_range``: see ``OutcomeConfig``.
+    ``steps``: denoising timesteps of one step (1000 = pure noise); ``temperature``: factor on the
+    sampler's noise; ``context_noise``: noise level told to the network for frames in memory;
+    ``end_scale``: factor on the end chance; ``reward_range``: see ``OutcomeConfig``.
     """
 
     name: str
@@ -63,6 +63,7 @@ class NanoConfig:
     window: int = 6
     sink: int = 0
     steps: tuple[float, ...] = (1000.0, 850.0, 600.0)
+    temperature: float = 1.0
     context_noise: float = 0.0
     end_scale: float = 1.0
     outcome_frames: int = 4
@@ -142,9 +143,9 @@ class Nano(nn.Module):
         schedule = FewStep(tuple(cfg.steps), tuple(t / 1000 for t in cfg.steps))
         return World(
             cfg.spec, self.codec, self.dynamics, LearnedOutcome(self.outcome, cfg.end_scale),
-            SinkWindow(cfg.window, cfg.sink), schedule, context_noise=cfg.context_noise,
-            fingerprint=value_fingerprint(self), device=device, max_pages=max_pages,
-        )
+            SinkWindow(cfg.window, cfg.sink), schedule,
+            temperature=cfg.temperature, context_noise=cfg.context_noise,
+            fingerprint=value_fingerprint(self), device=device, max_pages=max_pages)
 
 
 def value_fingerprint(nano: Nano, part: str = "") -> str:

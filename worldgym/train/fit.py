@@ -33,7 +33,7 @@ from worldgym.train.provenance import command, machine
 
 CODEC_BATCH, OUTCOME_BATCH = 32, 128  # frames, transitions
 SIZES: dict[str, Any] = {"patch": None, "width": 128, "layers": 6, "window": 6,
-                         "steps": (1000.0, 850.0, 600.0)}
+                         "steps": (1000.0, 850.0, 600.0), "temperature": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +44,8 @@ class FitConfig:
     start from (its codec is kept as it is, so that latents stay comparable).
     Iterations are per part; the defaults take about two hours on two cores, ``quick`` a minute.
     ``width``, ``layers``, ``patch`` (latent cells of a token: height, width), ``window`` (frames
-    seen), ``steps`` (denoising timesteps): default ``SIZES``, or those of ``init``, of which only
-    the last two may change.
+    seen), ``steps`` (denoising timesteps), ``temperature`` (of the sampler's noise): default
+    ``SIZES``, or those of ``init``, of which only the last three may change.
     ``outcome_noise``: most noise on latents that the heads read; ``starts``: start states to keep.
     ``keep_terminal_frames``: learn to draw the frame after an ending (off: games often show black).
     ``shard``: fully sharded over the processes instead of copies; AdamW then replaces Muon.
@@ -56,17 +56,18 @@ class FitConfig:
     init: str | None = None
     name: str | None = None
     codec_iterations: int = 2000
-    dynamics_iterations: int = 5000
-    alone_share: float = 0.7  # of the dynamics iterations: recent frames only, three times faster
+    dynamics_iterations: int = 11000
+    alone_share: float = 0.78  # of the dynamics iterations: recent frames only, three times faster
     outcome_iterations: int = 3000
-    batch: int = 64
+    batch: int = 32
     clip: int = 8
     width: int | None = None
     layers: int | None = None
     patch: tuple[int, int] | None = None
     window: int | None = None
     steps: tuple[float, ...] | None = None
-    dynamics_lr: float = 2e-3
+    temperature: float | None = None
+    dynamics_lr: float = 5e-3
     outcome_noise: float = 0.2
     starts: int = 800
     holdout: float = 0.03
@@ -134,13 +135,14 @@ class Fit:
                               patch=tuple(size["patch"] or nano.patch_for(codec.latent_chw)))
         config = NanoConfig(
             name=name, action=data.action, fps=data.fps, wan=wan, codec=codec,
-            window=size["window"], steps=tuple(size["steps"]), reward_range=self._reward_range())
+            window=size["window"], steps=tuple(size["steps"]), temperature=size["temperature"],
+            reward_range=self._reward_range())
         return nano.fresh(config, cfg.seed)
 
     def _started(self, name: str, given: dict) -> Nano:
         """The network of ``init``, checked against data and settings."""
         assert self.cfg.init is not None
-        free = {k: given[k] for k in ("window", "steps") if k in given}
+        free = {k: given[k] for k in ("window", "steps", "temperature") if k in given}
         network = nano.load_nano(self.cfg.init, name=name, fps=self.episodes.fps,
                                  reward_range=self._reward_range(), **free)
         old, data = network.cfg, self.episodes
