@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -96,6 +97,8 @@ class Fit:
 
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         folder = fit(FitConfig(**{k: v for k, v in given.items() if v is not None}))
+        if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes the card
+            return
         task = remember_task(self.data, folder)
         print(f"world written to {folder}; real game {task['twin']}, horizon {task['horizon']}")
 
