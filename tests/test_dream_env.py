@@ -50,10 +50,10 @@ def test_gymnasium_checker_with_all_render_modes(registered, settings):
 def test_take_cover_is_made_by_its_id(name):
     env = gymnasium.make(name, render_mode="rgb_array")
     obs, info = env.reset(seed=0)
-    assert obs.shape == (48, 80, 3) and info["start"] >= 0
+    assert obs.shape == (32, 80, 3) and info["start"] >= 0
     obs, reward, *_ = env.step(1)
     assert env.observation_space.contains(obs) and reward > 0
-    assert env.render().shape == (48, 80, 3)
+    assert env.render().shape == (32, 80, 3)
 
 
 @pytest.mark.skipif(not shipped(), reason="the shipped weights are not in this checkout")
