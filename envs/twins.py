@@ -24,6 +24,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from worldgym.envs.pixels import check_hw, check_rows, load_cv2, resize
 from worldgym.errors import (
     ClosedError,
     ConfigError,
@@ -71,7 +72,7 @@ def real_env(name: str, frame_hw: tuple[int, int] | None = None, *, full_frame: 
     env_id = TWINS.get(name, name)
     if env_id == TAKE_COVER:
         rows = rows or TAKE_COVER_ROWS
-    frame_hw = _check_hw(frame_hw or default_hw(name))
+    frame_hw = check_hw(frame_hw or default_hw(name))
     recipe = {"id": env_id, "frame_hw": list(frame_hw), "rows": rows and list(rows),
               "key": key, "source": source, "kwargs": dict(kwargs)}
     env: gym.Env | None
@@ -108,7 +109,7 @@ def default_hw(name: str) -> tuple[int, int]:
 def real_env_factory(name: str, frame_hw: tuple[int, int] | None = None,
                      **kwargs: Any) -> Callable[[], gym.Env]:
     """A picklable function that makes ``real_env(name, frame_hw, **kwargs)``, for vector envs."""
-    return partial(real_env, name, _check_hw(frame_hw or default_hw(name)), **kwargs)
+    return partial(real_env, name, check_hw(frame_hw or default_hw(name)), **kwargs)
 
 
 class ImageObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
@@ -136,8 +137,8 @@ class ImageObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             self, frame_hw=frame_hw, key=key, source=source, full_frame=full_frame, rows=rows,
             health=health, recipe=recipe, fps=fps)
         gym.Wrapper.__init__(self, env)
-        self.frame_hw, self.full_frame, self.health = _check_hw(frame_hw), full_frame, health
-        self._cv2 = _load_cv2()
+        self.frame_hw, self.full_frame, self.health = check_hw(frame_hw), full_frame, health
+        self._cv2 = load_cv2()
         if not isinstance(env.action_space, ACTION_SPACES):
             raise ConfigError("unsupported action space", given=env.action_space,
                               expected="Discrete, MultiDiscrete, MultiBinary or Box",
@@ -147,7 +148,7 @@ class ImageObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self.fps = float(fps or env.metadata.get("render_fps") or 30)
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": self.fps}
         self.recipe = dict(recipe or {})
-        self.rows = None if rows is None else _check_rows(rows)
+        self.rows = None if rows is None else check_rows(rows)
         self._screen: np.ndarray | None = None
         self._unit_scale = self._is_unit_scale()
 
@@ -313,48 +314,10 @@ class RealBatch:
         self._closed = True
 
 
-def resize(image: np.ndarray, frame_hw: tuple[int, int]) -> np.ndarray:
-    """uint8 (h, w, 3) to a new array (H, W, 3): area average to shrink, linear to enlarge."""
-    cv2 = _load_cv2()
-    height, width = frame_hw
-    if image.shape[:2] == (height, width):
-        return image.copy()
-    grows = height > image.shape[0] or width > image.shape[1]
-    how = cv2.INTER_LINEAR if grows else cv2.INTER_AREA
-    return cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=how)
-
-
 @lru_cache(maxsize=1)
 def _scratch() -> tempfile.TemporaryDirectory:
     """A folder of this process, for the ini file that ViZDoom would leave in the current one."""
     return tempfile.TemporaryDirectory(prefix="worldgym-")
-
-
-def _load_cv2() -> Any:
-    try:
-        import cv2
-    except ImportError as error:
-        raise MissingDependencyError(
-            "resizing frames needs OpenCV", given="no module cv2", expected="opencv installed",
-            fix="pip install 'worldgym[rl]'") from error
-    cv2.setNumThreads(1)  # frames are tiny: threads cost more than they give
-    return cv2
-
-
-def _check_rows(rows: Sequence[int]) -> tuple[int, int]:
-    first, stop = (int(v) for v in rows)
-    if not 0 <= first < stop:
-        raise ConfigError("impossible rows", given=tuple(rows), expected="0 <= first < stop",
-                          fix="for example (31, 95)")
-    return first, stop
-
-
-def _check_hw(frame_hw: Sequence[int]) -> tuple[int, int]:
-    sizes = tuple(int(v) for v in frame_hw)
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise ConfigError("impossible frame size", given=frame_hw,
-                          expected="(height, width), both >= 1", fix="for example (48, 80)")
-    return sizes  # type: ignore[return-value]
 
 
 def _make(env_id: str, **kwargs: Any) -> gym.Env:
