@@ -122,6 +122,7 @@ class Train:
         penalty: reward taken off per unit of fork spread.
         hazard: reward taken off per unit of end chance.
         save_every: steps between checkpoints.
+        init: agent.zip whose weights the training begins with.
         set: hyperparameters of the algorithm, as name=value.
         real: train in the real game instead, for comparison.
     """
@@ -140,6 +141,7 @@ class Train:
     penalty: float = 0.0
     hazard: float = 0.0
     save_every: int = 50_000
+    init: Path | None = None
     set: tuple[str, ...] = ()
     real: bool = False
 
@@ -152,7 +154,8 @@ class Train:
         config = train.TrainConfig(
             algorithm=self.algorithm, steps=self.steps, minutes=self.minutes, envs=self.envs,
             seed=self.seed, observation=self.observation, frame_stack=self.frame_stack,
-            save_every=self.save_every, hyperparameters=settings(self.set))
+            save_every=self.save_every, init=None if self.init is None else str(self.init),
+            hyperparameters=settings(self.set))
         changes: dict[str, Any] = {"distrust": self.distrust, "penalty": self.penalty,
                                    "hazard": self.hazard}
         if self.horizon is not None:

@@ -67,7 +67,8 @@ def iterate(
             total = collect(data, agent, world, number)
             fit(data, folder / "world", world)
         world = folder / "world"
-        trained = train(load(world), replace(config, seed=config.seed + number),
+        init = str(done[-1].agent) if done else config.init  # it learns on from the last round
+        trained = train(load(world), replace(config, seed=config.seed + number, init=init),
                         folder / "agent")
         agent = trained.agent
         done.append(Round(number, Path(world), agent, total - before, total))

@@ -124,10 +124,19 @@ def load_agent(path: str | Path, world: Any = None, deterministic: bool = True) 
         world: the world (or a function that returns it) whose codec a latent policy reads through.
         deterministic: take the most probable action, or draw one with the slot's own noise.
     """
-    import torch
-
     facts = read_facts(path)
     policy = _build(facts)
+    load_weights(policy, path)
+    policy.set_training_mode(False)
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)
+    return TrainedPolicy(policy, facts, world, deterministic, name=Path(path).stem)
+
+
+def load_weights(policy: Any, path: str | Path) -> None:
+    """Load the weights of an agent file into an SB3 policy of the same network."""
+    import torch
+
     try:
         with zipfile.ZipFile(path) as archive:
             data = io.BytesIO(archive.read("policy.pth"))
@@ -140,10 +149,6 @@ def load_agent(path: str | Path, world: Any = None, deterministic: bool = True) 
         raise CheckpointError("agent weights do not fit", given=f"{path}: {error}",
                               expected="the weights of the network described in the file",
                               fix="copy the file again or train anew") from error
-    policy.set_training_mode(False)
-    for parameter in policy.parameters():
-        parameter.requires_grad_(False)
-    return TrainedPolicy(policy, facts, world, deterministic, name=Path(path).stem)
 
 
 def _build(facts: dict[str, Any]) -> Any:

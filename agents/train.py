@@ -16,7 +16,14 @@ from typing import Any
 
 from worldgym.actions import ActionSpec
 from worldgym.agents import results
-from worldgym.agents.model import algorithm_class, policy_kwargs, save_agent
+from worldgym.agents.model import (
+    NEEDED,
+    algorithm_class,
+    load_weights,
+    policy_kwargs,
+    read_facts,
+    save_agent,
+)
 from worldgym.errors import CheckpointError, ConfigError, MissingDependencyError
 
 PPO = {"n_steps": 64, "batch_size": 512, "n_epochs": 4, "gamma": 0.99, "gae_lambda": 0.95,
@@ -41,7 +48,8 @@ class TrainConfig:
     ``steps``: env steps, all slots together; ``minutes``: stop earlier when this time is spent;
     ``hyperparameters``: overrides for the algorithm; ``network``: ``net_arch``, ``extractor``
     ("latent" or None), ``extractor_kwargs``, ``activation``; ``save_every``: steps between
-    checkpoints, all of which stay as agents, so that one can be chosen afterwards.
+    checkpoints, all of which stay as agents, so that one can be chosen afterwards; ``init``: an
+    agent.zip of the same network, whose weights the training begins with.
     """
 
     algorithm: str = "PPO"
@@ -54,6 +62,7 @@ class TrainConfig:
     save_every: int = 50_000
     scale_rewards: bool = True
     policy: str | None = None
+    init: str | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     network: dict[str, Any] = field(default_factory=dict)
     tensorboard: bool = True
@@ -164,6 +173,8 @@ def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
         curve: list[Any] = []
         if latest is not None:
             curve, seconds = keeper.restore(latest, model, book)
+        elif config.init is not None:
+            _begin_with(model, config.init, run)
         model.set_logger(_logger(folder, config, model.num_timesteps))
         watch = Watch(keeper, book, config, curve, seconds)
         _write_run(folder, run, watch, model)
@@ -194,6 +205,18 @@ def _model(algorithm: Any, book: Any, config: TrainConfig) -> Any:
         raise ConfigError(f"{config.algorithm} refuses a hyperparameter", given=str(error),
                           expected=f"arguments of {config.algorithm}",
                           fix="check the names in hyperparameters") from error
+
+
+def _begin_with(model: Any, path: str, run: dict[str, Any]) -> None:
+    """Load the weights of the agent in ``path``, which must see and do the same."""
+    facts, mine = read_facts(path), json.loads(json.dumps(run))
+    wrong = [k for k in NEEDED if facts[k] != mine[k]]
+    if wrong:
+        raise ConfigError("the agent to begin with does not fit",
+                          given=f"{path} with {({k: facts[k] for k in wrong})}",
+                          expected={k: mine[k] for k in wrong},
+                          fix="train with that agent's settings, or without init")
+    load_weights(model.policy, path)
 
 
 def _logger(folder: Path, config: TrainConfig, step: int) -> Any:

@@ -132,6 +132,17 @@ def test_what_was_run_is_written_down(trained):
     assert facts["steps"] == 192 and facts["frame_stack"] == 2
 
 
+def test_a_training_begins_with_the_weights_it_is_given(trained, tmp_path):
+    still = replace(SMALL, seed=5, steps=32, init=str(trained.agent),
+                    hyperparameters={**SMALL.hyperparameters, "learning_rate": 0.0})
+    assert same(train_in_dream(tiny_task(), still, tmp_path / "still").agent, trained.agent)
+    narrow = replace(SMALL, init=str(trained.agent), network={"net_arch": [8]})
+    with pytest.raises(ConfigError, match="begin with does not fit.*net_arch"):
+        train_in_dream(tiny_task(), narrow, tmp_path / "narrow")
+    with pytest.raises(CheckpointError, match="missing"):
+        train_in_dream(tiny_task(), replace(SMALL, init="none.zip"), tmp_path / "none")
+
+
 def test_other_settings_in_the_same_folder_are_refused(trained):
     with pytest.raises(ConfigError, match="other settings"):
         train_in_dream(tiny_task(), replace(SMALL, seed=9), trained.agent.parent)
