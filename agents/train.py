@@ -46,7 +46,8 @@ class TrainConfig:
     """What to train, and for how long.
 
     ``steps``: env steps, all slots together; ``minutes``: stop earlier when this time is spent;
-    ``hyperparameters``: overrides for the algorithm; ``network``: ``net_arch``, ``extractor``
+    ``hyperparameters``: overrides for the algorithm, ``lin_0.0005`` for a rate that falls to zero;
+    ``network``: ``net_arch``, ``extractor``
     ("latent" or None), ``extractor_kwargs``, ``activation``; ``save_every``: steps between
     checkpoints, all of which stay as agents, so that one can be chosen afterwards; ``init``: an
     agent.zip of the same network, whose weights the training begins with.
@@ -198,13 +199,26 @@ def _used(config: TrainConfig) -> dict[str, Any]:
 
 
 def _model(algorithm: Any, book: Any, config: TrainConfig) -> Any:
+    settings = {k: _schedule(v) for k, v in config.hyperparameters.items()}
     try:
         return algorithm(config.policy, book, seed=config.seed, device="cpu", verbose=0,
-                         policy_kwargs=policy_kwargs(config.network), **config.hyperparameters)
+                         policy_kwargs=policy_kwargs(config.network), **settings)
     except TypeError as error:
         raise ConfigError(f"{config.algorithm} refuses a hyperparameter", given=str(error),
                           expected=f"arguments of {config.algorithm}",
                           fix="check the names in hyperparameters") from error
+
+
+def _schedule(value: Any) -> Any:
+    """``lin_0.0005``, as in rl-zoo3: from this value down to zero at the last step."""
+    if not (isinstance(value, str) and value.startswith("lin_")):
+        return value
+    try:
+        first = float(value.removeprefix("lin_"))
+    except ValueError:
+        raise ConfigError("a schedule cannot be read", given=value, expected="lin_NUMBER",
+                          fix="write for instance learning_rate=lin_0.0005") from None
+    return lambda left: first * left
 
 
 def _begin_with(model: Any, path: str, run: dict[str, Any]) -> None:

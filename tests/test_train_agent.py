@@ -1,5 +1,6 @@
 """Training: reproducible, resumable after a kill; settings are checked; agent files are safe."""
 
+import csv
 import io
 import json
 import os
@@ -62,7 +63,8 @@ class Killed(Exception):
     pass
 
 
-def test_resume_repeats_the_uninterrupted_run(trained, tmp_path, monkeypatch):
+def die_at_second_save(monkeypatch, config, folder):
+    """Begin a training that is killed right after its second checkpoint."""
     save, calls = keeper.Keeper.save, []
 
     def dying(self, *args):
@@ -72,10 +74,13 @@ def test_resume_repeats_the_uninterrupted_run(trained, tmp_path, monkeypatch):
             raise Killed
         return path
 
-    monkeypatch.setattr(keeper.Keeper, "save", dying)
-    with pytest.raises(Killed):
-        train_in_dream(tiny_task(), SMALL, tmp_path)
-    monkeypatch.setattr(keeper.Keeper, "save", save)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(keeper.Keeper, "save", dying)
+        train_in_dream(tiny_task(), config, folder)
+
+
+def test_resume_repeats_the_uninterrupted_run(trained, tmp_path, monkeypatch):
+    die_at_second_save(monkeypatch, SMALL, tmp_path)
     (tmp_path / "checkpoints" / ".000000999.1").mkdir()  # what a kill in mid-write leaves
     resumed = train_in_dream(tiny_task(), SMALL, tmp_path)
     assert same(resumed.agent, trained.agent)
@@ -146,6 +151,24 @@ def test_a_training_begins_with_the_weights_it_is_given(trained, tmp_path):
 def test_other_settings_in_the_same_folder_are_refused(trained):
     with pytest.raises(ConfigError, match="other settings"):
         train_in_dream(tiny_task(), replace(SMALL, seed=9), trained.agent.parent)
+
+
+def test_a_falling_rate_ends_at_zero_and_resumes_exactly(tmp_path, monkeypatch):
+    falling = replace(SMALL, hyperparameters={**SMALL.hyperparameters,
+                                              "learning_rate": "lin_0.01"})
+    whole = train_in_dream(tiny_task(), falling, tmp_path / "whole")
+    rates = [float(line) for line in _column(tmp_path / "whole", "train/learning_rate")]
+    assert rates == sorted(rates, reverse=True) and rates[0] <= 0.01 and rates[-1] < 0.003
+    die_at_second_save(monkeypatch, falling, tmp_path / "parts")
+    assert same(train_in_dream(tiny_task(), falling, tmp_path / "parts").agent, whole.agent)
+    wrong = replace(SMALL, hyperparameters={"learning_rate": "lin_fast"})
+    with pytest.raises(ConfigError, match="lin_NUMBER"):
+        train_in_dream(tiny_task(), wrong, tmp_path / "wrong")
+
+
+def _column(folder, name):
+    rows = list(csv.DictReader(open(folder / "log" / "progress.csv")))
+    return [row[name] for row in rows if row.get(name)]
 
 
 def test_bad_settings_are_named(tmp_path):
