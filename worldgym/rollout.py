@@ -146,8 +146,38 @@ class CausalStepper:
         return joint.keep(seen), flow, attend.again(n)
 
 
-def few_step(stepper: CausalStepper, x_BCnHW: Tensor, schedule: FewStep,
-             renoise: Callable[[int], Tensor], attend: Callable, block: Block,
+class WholeWindow:
+    """A stepper without memory: every network call computes the frames before the block again.
+
+    What the cache is measured and tested against. While the window holds the whole history, both
+    give the same numbers (tests/test_engine.py).
+
+    Args:
+        dit: network as for ``CausalStepper``.
+        past_BCKHW: clean frames before the block; ``past_t``: the timestep told for them.
+        block: indices and ``given`` of the past frames and the block's own, K + n frames.
+        attend: causal mask over all of them.
+    """
+
+    def __init__(self, dit: Callable[..., Tensor], past_BCKHW: Tensor, past_t: float,
+                 block: Block, attend: Callable) -> None:
+        self.dit, self.past, self.past_t = dit, past_BCKHW, past_t
+        self.block, self.attend = block, attend
+
+    def flow(self, x_BCnHW: Tensor, t: float, attend: object = None,
+             block: object = None) -> Tensor:
+        """Flow of the noisy block at timestep ``t``."""
+        new, frames = x_BCnHW.shape[2], self.block.frames
+        t_BF = torch.full((len(x_BCnHW), frames), t, device=x_BCnHW.device)
+        t_BF[:, :frames - new] = self.past_t
+        index = torch.from_numpy(self.block.index_Bn).to(x_BCnHW.device)
+        flow = self.dit(torch.cat([self.past, x_BCnHW], 2), t_BF, attend=self.attend,
+                        frame_index_BF=index, **self.block.given)
+        return flow[:, :, -new:]
+
+
+def few_step(stepper: CausalStepper | WholeWindow, x_BCnHW: Tensor, schedule: FewStep,
+             renoise: Callable[[int], Tensor], attend: Callable | None, block: Block | None,
              first_flow: Tensor | None = None) -> Tensor:
     """Few-step sampling of one block: predict x0, noise it to the next level, repeat.
 
@@ -164,6 +194,6 @@ def few_step(stepper: CausalStepper, x_BCnHW: Tensor, schedule: FewStep,
         if i == 0 and first_flow is not None:
             flow = first_flow
         else:
-            flow = stepper.flow(x_BCnHW, t, attend, block)
+            flow = stepper.flow(x_BCnHW, t, attend, block)  # type: ignore[arg-type]
         x0 = x0_from_flow(x_BCnHW, flow, sigma)
     return x0
