@@ -58,7 +58,7 @@ class StartBank:
 
     @classmethod
     def build(cls, episodes: Episodes, encode: Callable[[Tensor], Tensor], ids: np.ndarray,
-              count: int, context: int, seed: int = 0, beginning_fraction: float = 0.5,
+              count: int, context: int, seed: int = 0, beginning_fraction: float = 0.25,
               margin: int = 10) -> StartBank:
         """Draw starts from recorded episodes and encode them.
 
