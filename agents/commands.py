@@ -65,6 +65,7 @@ class Fit:
         patch: latent cells of a token, height and width.
         window: frames the model sees.
         temperature: of the sampler's noise; above 1 what is rare happens more often.
+        ahead: steps that the danger looks ahead.
         quick: fifty iterations of each part, to try the machinery.
         seed: seed of data order, noise and first weights.
         device: cpu or cuda.
@@ -85,6 +86,7 @@ class Fit:
     patch: tuple[int, int] | None = None
     window: int | None = None
     temperature: float | None = None
+    ahead: int | None = None
     quick: bool = False
     seed: int = 0
     device: str = "cpu"
@@ -120,7 +122,7 @@ class Train:
         horizon: steps after which a dream is cut; default: the world's.
         distrust: cut a dream when fork spread exceeds this.
         penalty: reward taken off per unit of fork spread.
-        hazard: reward taken off per unit of end chance.
+        hazard: reward taken off per unit of danger, the chance of an end soon.
         save_every: steps between checkpoints.
         init: agent.zip whose weights the training begins with.
         set: hyperparameters of the algorithm, as name=value.

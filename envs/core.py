@@ -232,7 +232,7 @@ class DreamCore:
             per_frame=self.per_frame)
         reward, ended, last = outcome.judge(task, chunk, self.frames)
         if task.hazard:
-            reward = reward - task.hazard * outcome.end_chance(chunk)
+            reward = reward - task.hazard * outcome.danger(chunk)
         if spread is not None:
             reward = reward - task.penalty * spread
             batch.uncertainty_B = np.zeros(slots)

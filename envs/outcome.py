@@ -80,16 +80,18 @@ def _shaped(value: np.ndarray, slots: int, frames: int | None, name: str) -> np.
     return value
 
 
-def end_chance(chunk: Any) -> np.ndarray:
-    """Chance (B,) that a world's end head gave the end of each slot.
+def danger(chunk: Any) -> np.ndarray:
+    """Danger (B,) that a world's heads see for each slot: the chance of an end, soon or now.
 
     Raises:
         ConfigError: the world has no end head.
     """
-    chance = getattr(chunk, "end_probability_B", None)
+    chance = getattr(chunk, "danger_B", None)
     if chance is None:
-        raise ConfigError("no end chance to take off the reward", given="a world without end head",
-                          expected="a world whose chunks tell end_probability_B",
+        chance = getattr(chunk, "end_probability_B", None)
+    if chance is None:
+        raise ConfigError("no danger to take off the reward", given="a world without end head",
+                          expected="a world whose chunks tell danger_B or end_probability_B",
                           fix="leave hazard at 0")
     return to_numpy(chance).astype(np.float64)
 

@@ -43,10 +43,11 @@ class Task:
 
     ``horizon``: steps after which an episode is truncated (None: never). ``distrust``: truncate
     when the uncertainty of a step (spread over ``forks`` forks with fresh noise) exceeds this.
-    ``penalty``: uncertainty times this is taken off the reward. ``hazard``: the end chance of a
-    step times this is taken off its reward, so that an agent feels a danger that it was lucky to
-    survive. ``spread``: how uncertainty is
-    measured, ``(world, state, actions, forks) -> (B,)``; None: ``worldgym.uncertainty``.
+    ``penalty``: uncertainty times this is taken off the reward. ``hazard``: the danger of a
+    step (chance of an end within the next steps, as recorded play went on) times this is taken off
+    its reward, so that an agent feels what it was lucky to survive, and what only a dream lets it
+    survive. ``spread``: how uncertainty is measured, ``(world, state, actions, forks) -> (B,)``;
+    None: ``worldgym.uncertainty``.
     """
 
     world: Any

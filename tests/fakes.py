@@ -221,12 +221,12 @@ def fake_task(kind="discrete", frames=1, max_steps=None, bank=10, **changes):
     return replace(task, **{"horizon": 50, **changes})
 
 
-def nano_task(frames_seed=0, **changes):
+def nano_task(frames_seed=0, ahead=0, **changes):
     """A task over a tiny nano world with random weights and random start frames."""
     from worldgym.data.starts import StartBank
     from worldgym.models import nano
 
-    world = nano.tiny()
+    world = nano.tiny(outcome_ahead=ahead)
     rng = np.random.default_rng(frames_seed)
     small = rng.integers(0, 256, (4, 4, 4, 3), np.uint8)
     bank = StartBank.from_frames(world.encode, small.repeat(8, 1).repeat(8, 2),

@@ -364,6 +364,22 @@ def test_outcomes_hold_the_past_and_the_next_row(data, past):
     assert len(seen) == len(sampler) == store.lengths[ids].sum()
 
 
+def test_soon_is_known_from_the_recording(data):
+    store, made = data
+    sampler, ahead = OutcomeSampler(store, np.arange(len(made)), 1, 32, 1, ahead=2), 2
+    ended, seen = store.take("terminated", np.arange(store.rows)), set()
+    for i in range(30):
+        batch = sampler(i)
+        newest = batch["rows"][:, -1]
+        for t, e, soon in zip(newest, owner(store, newest), batch["soon"], strict=True):
+            last = store.starts[e] + store.lengths[e]
+            next_rows = ended[t + 1:min(t + ahead, last) + 1]
+            assert soon == (1 if next_rows.any() else 0 if len(next_rows) == ahead else -1)
+            seen.add(int(soon))
+    assert seen == {0, 1, -1}
+    assert "soon" not in OutcomeSampler(store, np.arange(len(made)), 1, 8)(0)
+
+
 @pytest.mark.parametrize("make", [ChunkSampler, OutcomeSampler])
 def test_batches_depend_on_seed_and_iteration_alone(data, make):
     store, args = data[0], (np.arange(6), 2, 10)

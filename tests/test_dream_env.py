@@ -222,12 +222,21 @@ def test_penalty_is_taken_off_the_reward():
 
 
 def test_hazard_times_end_chance_is_taken_off_the_reward():
-    seen, plain, careful = [], make_dream(nano_task(end="never")), make_dream(nano_task(
+    seen, told = [], []
+    plain, careful = make_dream(nano_task(end="never")), make_dream(nano_task(
         end=lambda chunk: seen.append(chunk.end_probability_B[0]) or np.zeros(1, bool), hazard=3.0))
     for env in (plain, careful):
         env.reset(seed=0)
     loss = plain.step(1)[1] - careful.step(1)[1]
     assert 0 < seen[0] < 1 and np.isclose(loss, 3 * seen[0])
+    plain, wary = make_dream(nano_task(ahead=4, end="never")), make_dream(nano_task(
+        ahead=4, hazard=3.0,
+        end=lambda chunk: told.append((chunk.danger_B[0], chunk.end_probability_B[0]))
+        or np.zeros(1, bool)))
+    for env in (plain, wary):
+        env.reset(seed=0)
+    loss = plain.step(1)[1] - wary.step(1)[1]
+    assert told[0][0] != told[0][1] and np.isclose(loss, 3 * told[0][0])
     blind = fake_env(hazard=1.0)
     blind.reset(seed=0)
     with pytest.raises(ConfigError, match="end_probability_B"):

@@ -48,7 +48,7 @@ def episodes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bank(episodes):
-    return StartBank.build(episodes, encode, np.arange(8), 40, K, seed=1)  # 10 beginnings, 30 from within
+    return StartBank.build(episodes, encode, np.arange(8), 40, K, seed=1)  # 10 beginnings
 
 
 def test_every_start_is_a_piece_of_an_episode(episodes, bank):

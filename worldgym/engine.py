@@ -27,8 +27,10 @@ class Chunk:
     """What one step made, one row per stepped slot.
 
     ``latents_BFChw``; ``reward_B`` float32, summed up to ``end_frame_B``; ``terminated_B`` bool;
-    ``end_probability_B``; ``end_frame_B``: index of the last frame that counts; ``uncertainty_B``:
-    fork spread, if it was asked for. ``frames()`` decodes on first use.
+    ``end_probability_B``; ``danger_B``: chance of an end within the next steps, as recorded play
+    went on (worlds say how many; else the end chance); ``end_frame_B``: index of the last frame
+    that counts; ``uncertainty_B``: fork spread, if it was asked for. ``frames()`` decodes on
+    first use.
     """
 
     slots: np.ndarray
@@ -38,6 +40,7 @@ class Chunk:
     end_probability_B: np.ndarray
     end_frame_B: np.ndarray
     uncertainty_B: np.ndarray | None = None
+    danger_B: np.ndarray | None = None
     subjects: object = None
     decode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     _frames: Tensor | None = field(default=None, repr=False)
@@ -58,8 +61,8 @@ class World:
         spec: sizes and rates.
         codec: frames to latents and back.
         dynamics: the network and its action embedding.
-        outcome: callable (past_BKChw, action_BA) -> (end chance, rewards (B, 2)), with a
-            ``frames`` attribute; None = no reward and no end (give the task functions instead).
+        outcome: callable (past_BKChw, action_BA) -> (end chance, rewards (B, 2), danger), with
+            a ``frames`` attribute; None = no reward and no end (give the task functions instead).
         policy: context memory.
         schedule: denoising passes of a step.
         temperature: standard deviation of the sampler's noise; above 1 what is rare happens
@@ -189,7 +192,7 @@ class World:
 
     def _advance(self, state: WorldState, action_BA: Tensor) -> tuple[WorldState, Chunk]:
         keys = state.keys_B4
-        end_B, rewards_B2 = self._outcome(state, action_BA)
+        end_B, rewards_B2, danger_B = self._outcome(state, action_BA)
         latents, tables = self._generate(state, action_BA, keys)
         try:
             draw = uniform(keys, PASSES["end"], 1).numpy()[:, 0]
@@ -206,7 +209,8 @@ class World:
         finally:  # the new state holds the pages now, or nobody does
             self.pool.decref(_unowned(tables, state.tables))
         chunk = Chunk(np.arange(len(keys)), latents[:, None], reward, terminated, chance,
-                      np.zeros(len(keys), np.int64), decode=self.decode)
+                      np.zeros(len(keys), np.int64), danger_B=danger_B.double().cpu().numpy(),
+                      decode=self.decode)
         return new, chunk
 
     def _generate(self, state: WorldState, action_BA: Tensor,
@@ -244,10 +248,10 @@ class World:
         padded = torch.nn.functional.pad(newest.transpose(1, 2), (0, 0, 0, 0, 0, 1))
         return before(padded, count)[:, :, -2:]
 
-    def _outcome(self, state: WorldState, action_BA: Tensor) -> tuple[Tensor, Tensor]:
+    def _outcome(self, state: WorldState, action_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.outcome is None:
             zero = torch.zeros(len(action_BA), device=self.device)
-            return zero, zero[:, None].expand(-1, 2)
+            return zero, zero[:, None].expand(-1, 2), zero
         return self.outcome(state.history_BKChw, action_BA)
 
     # -- actions and checks ------------------------------------------------------------------

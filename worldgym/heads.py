@@ -38,10 +38,10 @@ class LearnedOutcome:
         return self.model.cfg.frames
 
     @torch.no_grad()
-    def __call__(self, past_BKChw: Tensor, action_BA: Tensor) -> tuple[Tensor, Tensor]:
-        """(end chance (B,) in [0, 1], rewards (B, 2): if it goes on, if it ends)."""
-        chance, rewards = self.model.predict(past_BKChw[:, -self.frames:], action_BA)
-        return (chance * self.end_scale).clamp(0, 1), rewards
+    def __call__(self, past_BKChw: Tensor, action_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(end chance (B,) in [0, 1], rewards (B, 2): if it goes on, if it ends, danger (B,))."""
+        chance, rewards, danger = self.model.predict(past_BKChw[:, -self.frames:], action_BA)
+        return (chance * self.end_scale).clamp(0, 1), rewards, danger
 
 
 def apply_function(function: ChunkFunction, chunk: object, slots: int, what: str) -> np.ndarray:

@@ -81,7 +81,8 @@ class _Sampler:
         return out
 
 
-RESERVED = {"rows", "actions", "null", "valid", "rewards", "terminated", "length", "frames"}
+RESERVED = {"rows", "actions", "null", "valid", "rewards", "terminated", "length", "frames",
+            "soon"}
 
 
 class ChunkSampler(_Sampler):
@@ -150,19 +151,22 @@ class OutcomeSampler(_Sampler):
     ``sampler(iteration)`` returns ``rows`` int64 (B, K; ascending, the last is t, row 0 of the
     episode repeated on the left when there are fewer than K), ``length`` int64 (B; different rows
     among the K), ``actions`` (B, ...), ``rewards`` float32 (B) and ``terminated`` bool (B) of row
-    t+1, ``frames`` uint8 (B, K, H, W, C) if asked, and every extra array as (B, K, ...).
+    t+1, with ``ahead`` also ``soon`` int8 (B): 1 if the episode ended within that many steps from
+    t, 0 if it went on for longer, -1 if the recording stops before, ``frames`` uint8
+    (B, K, H, W, C) if asked, and every extra array as (B, K, ...).
     """
 
     stream = TRANSITIONS
 
     def __init__(self, episodes: Episodes, ids: np.ndarray, past: int, batch: int, seed: int = 0,
                  rank: int = 0, world_size: int = 1, with_frames: bool = False,
-                 extra: Mapping[str, np.ndarray] | None = None) -> None:
+                 extra: Mapping[str, np.ndarray] | None = None, ahead: int = 0) -> None:
         super().__init__(episodes, ids, batch, seed, rank, world_size, with_frames, extra)
-        if past < 1:
-            raise ConfigError("impossible history", given=f"past {past}", expected=">= 1 row",
+        if past < 1 or ahead < 0:
+            raise ConfigError("impossible history", given=f"past {past}, ahead {ahead}",
+                              expected="past >= 1 row, ahead >= 0 steps",
                               fix="ask for at least one row")
-        self.past = past
+        self.past, self.ahead = past, ahead
         self._count(episodes.lengths[self.ids], "a step")
 
     def __call__(self, iteration: int) -> dict[str, np.ndarray]:
@@ -174,4 +178,9 @@ class OutcomeSampler(_Sampler):
         arrived = start + offset + 1
         out = {k: self.episodes.take(k, arrived) for k in ("actions", "rewards", "terminated")}
         length = np.minimum(offset + 1, self.past)
+        if self.ahead:
+            left = self.episodes.lengths[episode] - offset  # steps from t to the last row
+            died = self.episodes.take("terminated", start + self.episodes.lengths[episode])
+            soon = np.where(left >= self.ahead, 0, -1)
+            out["soon"] = np.where(died & (left <= self.ahead), 1, soon).astype(np.int8)
         return {"rows": rows, "length": length, **out, **self._images(rows)}

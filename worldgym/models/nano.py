@@ -51,7 +51,8 @@ class NanoConfig:
 
     ``steps``: denoising timesteps of one step (1000 = pure noise); ``temperature``: factor on the
     sampler's noise; ``context_noise``: noise level told to the network for frames in memory;
-    ``end_scale``: factor on the end chance; ``reward_range``: see ``OutcomeConfig``.
+    ``end_scale``: factor on the end chance; ``outcome_ahead``, ``reward_range``: see
+    ``OutcomeConfig``.
     """
 
     name: str
@@ -69,13 +70,15 @@ class NanoConfig:
     outcome_frames: int = 4
     outcome_width: int = 48
     outcome_members: int = 2
+    outcome_ahead: int = 0
     reward_range: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     def to_json(self) -> dict:
         """Plain dict that ``from_json`` reads back."""
         data = asdict(self)
-        if self.reward_range is None:  # worlds from before it was recorded keep their fingerprint
-            del data["reward_range"]
+        for name in ("reward_range", "outcome_ahead"):  # older worlds keep their fingerprint
+            if not data[name]:
+                del data[name]
         return data
 
     @classmethod
@@ -134,7 +137,7 @@ class Nano(nn.Module):
         self.outcome = Outcome(OutcomeConfig(
             latent_chw=cfg.codec.latent_chw, action_features=cfg.action.features,
             frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members,
-            reward_range=cfg.reward_range))
+            ahead=cfg.outcome_ahead, reward_range=cfg.reward_range))
 
     def world(self, device: torch.device | str = "cpu", max_pages: int | None = None) -> World:
         """A world that steps with these weights."""
@@ -170,6 +173,14 @@ def fresh(cfg: NanoConfig, seed: int = 0) -> Nano:
     return nano
 
 
+def with_ahead(nano: Nano, ahead: int, seed: int = 0) -> Nano:
+    """The same codec and dynamics with untrained outcome heads that look ``ahead`` steps ahead."""
+    new = fresh(replace(nano.cfg, outcome_ahead=ahead), seed)
+    new.codec.load_state_dict(nano.codec.state_dict())
+    new.dynamics.load_state_dict(nano.dynamics.state_dict())
+    return new
+
+
 def tiny(seed: int = 0, action: ActionSpec | None = None, lively: bool = True,
          **changes: Any) -> World:
     """A random-weight world of 32x32 frames for tests and docs.
@@ -185,7 +196,7 @@ def tiny(seed: int = 0, action: ActionSpec | None = None, lively: bool = True,
         generator = torch.Generator().manual_seed(seed + 1)
         nn.init.normal_(nano.dynamics.dit.head.head.weight, std=0.2, generator=generator)
         for member in nano.outcome.members:
-            cast(Any, member).last.bias.data[:] = torch.tensor([-3.0, 1.0, 0.0])
+            cast(Any, member).last.bias.data[:3] = torch.tensor([-3.0, 1.0, 0.0])
     return nano.world()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 class OutcomeConfig:
     """``frames``: K past frames read; ``members``: independent heads whose chances are averaged.
 
+    ``ahead``: steps that the danger looks ahead (0: the end chance of the step is the danger).
     ``reward_range``: lowest and highest recorded reward of a step that went on, and of one that
     ended; predictions are kept inside. Where steps pay nothing until the goal, an error of 0.01 a
     step adds up to more than the goal, and agents learn to collect errors.
@@ -28,6 +29,7 @@ class OutcomeConfig:
     width: int = 48
     hidden: int = 128
     members: int = 2
+    ahead: int = 0
     reward_range: tuple[tuple[float, float], tuple[float, float]] | None = None
 
 
@@ -38,7 +40,7 @@ class _Member(nn.Module):
         self.inputs = nn.Linear(9 * (cfg.frames * c + 1), cfg.width)
         self.middle = nn.Linear(9 * cfg.width, cfg.width // 2)
         self.hidden = nn.Linear(cfg.width // 2 * h * w + cfg.action_features, cfg.hidden)
-        self.last = nn.Linear(cfg.hidden + cfg.action_features, 3)
+        self.last = nn.Linear(cfg.hidden + cfg.action_features, 3 + (cfg.ahead > 0))
 
     def forward(self, near_BPN: Tensor, grid_hw: tuple[int, int], action_BA: Tensor) -> Tensor:
         # 3x3 convolutions written as matrix products: their bits do not depend on the batch
@@ -67,9 +69,12 @@ def _neighbours(x_BChw: Tensor) -> Tensor:
 
 
 class Outcome(nn.Module):
-    """End chance and reward of the step that ``action`` leads to.
+    """End chance, reward and danger of the step that ``action`` leads to.
 
-    ``forward`` returns (B, M, 3): end logit, reward if the episode goes on, reward if it ends.
+    ``forward`` returns (B, M, 3 or 4): end logit, reward if the episode goes on, reward if it ends,
+    and with ``ahead`` the logit of the danger: an end within that many steps, as recorded play
+    went on. It is learned from recordings alone, so it knows what an approaching fireball meant in
+    the game even where the dream would let it fade.
     """
 
     reward_scale: Tensor
@@ -86,28 +91,38 @@ class Outcome(nn.Module):
         near, grid = _neighbours(x), x.shape[2:]
         return torch.stack([member(near, grid, action_BA) for member in self.members], 1)
 
-    def predict(self, past_BKChw: Tensor, action_BA: Tensor) -> tuple[Tensor, Tensor]:
-        """(end chance (B,), rewards (B, 2) if it goes on / if it ends)."""
+    def predict(self, past_BKChw: Tensor, action_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(end chance (B,), rewards (B, 2) if it goes on / if it ends, danger (B,))."""
         rows = len(action_BA)
         # matrix products have row-independent bits from 4 rows on; the last row is always padding,
         # since elementwise kernels work out the end of a tensor (its size modulo 32) in other code
         pad = max(1, 4 - rows)
         out = self(F.pad(past_BKChw, (0, 0) * 4 + (0, pad)), F.pad(action_BA, (0, 0, 0, pad)))
         out = out[:rows]
-        rewards = out[..., 1:].mean(1) * self.reward_scale
+        rewards = out[..., 1:3].mean(1) * self.reward_scale
         if self.cfg.reward_range is not None:
             low, high = rewards.new_tensor(self.cfg.reward_range).unbind(1)
             rewards = rewards.clamp(low, high)
-        return out[..., 0].sigmoid().mean(1), rewards
+        end, danger = (out[..., i].sigmoid().mean(1) for i in (0, 3 if self.cfg.ahead else 0))
+        return end, rewards, danger
 
 
 def outcome_loss(model: nn.Module, past_BKChw: Tensor, action_BA: Tensor, reward_B: Tensor,
-                 end_B: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of the end and squared error of the reward of whichever branch happened."""
+                 end_B: Tensor, scale: Tensor,
+                 soon_B: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the end and squared error of the reward of whichever branch happened.
+
+    ``soon_B``: an end within ``ahead`` steps, 1 or 0; -1 where the recording stops before.
+    """
     out = model(past_BKChw, action_BA)
     end = end_B.float()[:, None].expand(-1, out.shape[1])
     bce = F.binary_cross_entropy_with_logits(out[..., 0], end)
     guess = torch.where(end.bool(), out[..., 2], out[..., 1])
     squared = (guess - (reward_B / scale)[:, None]) ** 2
-    return bce + squared.mean(), {"end_bce": float(bce.detach()),
-                                  "reward_mse": float(squared.detach().mean())}
+    told = {"end_bce": float(bce.detach()), "reward_mse": float(squared.detach().mean())}
+    if soon_B is None:
+        return bce + squared.mean(), told
+    soon = soon_B.float()[:, None].expand(-1, out.shape[1])
+    error = F.binary_cross_entropy_with_logits(out[..., 3], soon.clamp(min=0), reduction="none")
+    danger = torch.where(soon >= 0, error, 0.0).mean()
+    return bce + squared.mean() + danger, told | {"danger_bce": float(danger.detach())}

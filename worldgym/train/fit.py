@@ -33,7 +33,7 @@ from worldgym.train.provenance import command, machine
 
 CODEC_BATCH, OUTCOME_BATCH = 32, 128  # frames, transitions
 SIZES: dict[str, Any] = {"patch": None, "width": 128, "layers": 6, "window": 6,
-                         "steps": (1000.0, 850.0, 600.0), "temperature": 1.0}
+                         "steps": (1000.0, 850.0, 600.0), "temperature": 1.0, "ahead": 8}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +44,9 @@ class FitConfig:
     start from (its codec is kept as it is, so that latents stay comparable).
     Iterations are per part; the defaults take about two hours on two cores, ``quick`` a minute.
     ``width``, ``layers``, ``patch`` (latent cells of a token: height, width), ``window`` (frames
-    seen), ``steps`` (denoising timesteps), ``temperature`` (of the sampler's noise): default
-    ``SIZES``, or those of ``init``, of which only the last three may change.
+    seen), ``steps`` (denoising timesteps), ``temperature`` (of the sampler's noise), ``ahead``
+    (steps that the danger looks ahead): default ``SIZES``, or those of ``init``, of which only the
+    last four may change. No ``dynamics_iterations``: those of ``init`` stay, only heads are fitted.
     ``outcome_noise``: most noise on latents that the heads read; ``starts``: start states to keep.
     ``keep_terminal_frames``: learn to draw the frame after an ending (off: games often show black).
     ``shard``: fully sharded over the processes instead of copies; AdamW then replaces Muon.
@@ -67,6 +68,7 @@ class FitConfig:
     window: int | None = None
     steps: tuple[float, ...] | None = None
     temperature: float | None = None
+    ahead: int | None = None
     dynamics_lr: float = 5e-3
     outcome_noise: float = 0.2
     starts: int = 800
@@ -81,11 +83,14 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         counts = (self.codec_iterations, self.dynamics_iterations, self.outcome_iterations)
-        if min(counts) < 1 or self.batch < 1 or self.clip < 2 or self.starts < 1 or self.seed < 0:
+        needed = counts[::2] if self.init else counts
+        least = min(*needed, counts[1] + 1, self.batch, self.clip - 1, self.starts, self.seed + 1)
+        if least < 1:
             raise ConfigError("impossible length of training",
                               given=f"iterations {counts}, batch {self.batch}, clip {self.clip}, "
                                     f"starts {self.starts}, seed {self.seed}",
-                              expected="iterations, batch, starts >= 1, clip >= 2, seed >= 0",
+                              expected="iterations, batch, starts >= 1, clip >= 2, seed >= 0 "
+                                       "(0 iterations of the dynamics only with init)",
                               fix="raise the numbers")
         if not 0 <= self.holdout < 1:
             raise ConfigError("impossible share of held-out episodes", given=self.holdout,
@@ -136,6 +141,7 @@ class Fit:
         config = NanoConfig(
             name=name, action=data.action, fps=data.fps, wan=wan, codec=codec,
             window=size["window"], steps=tuple(size["steps"]), temperature=size["temperature"],
+            outcome_ahead=size["ahead"],
             reward_range=self._reward_range())
         return nano.fresh(config, cfg.seed)
 
@@ -145,6 +151,8 @@ class Fit:
         free = {k: given[k] for k in ("window", "steps", "temperature") if k in given}
         network = nano.load_nano(self.cfg.init, name=name, fps=self.episodes.fps,
                                  reward_range=self._reward_range(), **free)
+        if given.get("ahead", network.cfg.outcome_ahead) != network.cfg.outcome_ahead:
+            network = nano.with_ahead(network, given["ahead"], self.cfg.seed)
         old, data = network.cfg, self.episodes
         mine = {"frames": tuple(old.codec.frame_hw), "actions": old.action, "width": old.wan.dim,
                 "layers": old.wan.num_layers, "patch": tuple(old.wan.patch_size[1:])}
@@ -283,6 +291,9 @@ class Fit:
 
     def _dynamics(self, iterations: int) -> None:
         cfg, group, device = self.cfg, self.group, self.group.device
+        if not iterations:
+            self.nano.dynamics.eval()
+            return
         usable = self.episodes.lengths[self.train_ids].max() + 1
         clip = int(min(cfg.clip, max(usable, 2)))  # a longer one would only be filled up
         alone = int(cfg.alone_share * iterations)
@@ -319,7 +330,8 @@ class Fit:
         head = self.nano.outcome
         sampler = OutcomeSampler(
             self.episodes, self.train_ids, head.cfg.frames, batch, cfg.seed,
-            rank=group.rank, world_size=group.size, extra={"latents": self.latents})
+            rank=group.rank, world_size=group.size, extra={"latents": self.latents},
+            ahead=head.cfg.ahead)
         bounds = np.abs(np.asarray(self.nano.cfg.reward_range, np.float64))
         head.reward_scale.fill_(float(bounds.max()) or 1.0)
 
@@ -330,8 +342,9 @@ class Fit:
             past = past + (level * noise)[group.rows(batch)].to(device)
             null = np.zeros(len(past), bool)
             action = self._features(data["actions"], null).to(device)
-            return outcome_loss(model, past, action, torch.from_numpy(data["rewards"]).to(device),
-                                torch.from_numpy(data["terminated"]).to(device), head.reward_scale)
+            reward, end, soon = (torch.from_numpy(data[k]).to(device) if k in data else None
+                                 for k in ("rewards", "terminated", "soon"))
+            return outcome_loss(model, past, action, reward, end, head.reward_scale, soon)
 
         loop = self._loop("outcome", iterations, {"noise": cfg.outcome_noise}, lr=1e-3, decay=0.5,
                           weight_decay=0.1)
