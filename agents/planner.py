@@ -18,6 +18,7 @@ from worldgym.actions import ActionSpec
 from worldgym.agents.encode import as_numpy, check_frames
 from worldgym.agents.plans import Choices, Gaussians, any_plan
 from worldgym.agents.policy import acting
+from worldgym.agents.replays import context_of
 from worldgym.errors import ConfigError, ShapeError
 
 MAX_ROWS = 1024  # forks stepped at once; more slots are planned for one group after the other
@@ -120,10 +121,8 @@ class Planner:
     def __init__(self, task: Any, config: PlanConfig, fit: bool = True, name: str = "cem") -> None:
         self.task, self.world, self.config, self.fit, self.name = (
             task, task.world, config, fit, name)
-        spec = self.world.spec
-        self.action: ActionSpec = spec.action
-        # frames between the shown ones are not seen: a chunk of several latents leaves no past
-        self.context = int(spec.context_frames) if spec.latents_per_chunk == 1 else 1
+        self.action: ActionSpec = self.world.spec.action
+        self.context = context_of(self.world)
         if task.reward == "head" and getattr(self.world, "outcome", task) is None:
             raise ConfigError("nothing to plan for", given="a world without a reward head",
                               expected="a task that says what a step is worth",
@@ -239,7 +238,7 @@ class Planner:
 
     def _scores(self, start: Any, plans_NMH: np.ndarray) -> np.ndarray:
         """Worth (N, M) of the plans from ``start``, which is released."""
-        from worldgym.envs.outcome import judge
+        from worldgym.envs.outcome import end_chances, judge
 
         (n, m, horizon), futures = plans_NMH.shape[:3], self.config.futures
         if futures == 1:
@@ -257,16 +256,9 @@ class Planner:
             state = after
             reward, ended, _ = judge(self.task, chunk, int(self.world.spec.frames_per_chunk))
             worth += self.config.discount**step * alive * reward
-            alive *= 1 - self._chance(chunk, ended)
+            alive *= 1 - end_chances(self.task, chunk, ended)
         state.release()
         return worth.reshape(n, futures, m).mean(1)
-
-    def _chance(self, chunk: Any, ended: np.ndarray) -> np.ndarray:
-        """Chance that the step was the last: the head's, where the task ends by the head."""
-        from worldgym.envs.outcome import end_chance
-
-        told = self.task.end == "head" and getattr(chunk, "end_probability_B", None) is not None
-        return end_chance(chunk) if told else ended.astype(np.float64)
 
 
 def parse_planner(name: str, action: ActionSpec, world: Any = None, task: Any = None) -> Planner:
