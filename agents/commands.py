@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.errors import ConfigError
 
 DESCRIPTION = "Learned video world models as ordinary reinforcement-learning environments."
@@ -352,7 +353,7 @@ class Iterate:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
-    "inspect": Inspect, "demo": Demo, "iterate": Iterate,
+    "inspect": Inspect, "demo": Demo, "iterate": Iterate, "diagnose": Diagnose,
 }
 
 
