@@ -1,23 +1,23 @@
 """Exact worlds whose mistakes are planted, and recordings of the one without."""
 
 import numpy as np
+import torch
 
 from tests.fakes import FakeBank, FakeWorld, fake_spread
 from worldgym.data.store import Episodes
 from worldgym.envs.tasks import Task
-from worldgym.state import Starts
 
 
 class KnownWorld(FakeWorld):
     """The walker of ``tests.fakes`` without wind, unless a mistake is planted.
 
     ``wind(place)``: how strong chance is there; ``deaf``: actions do nothing; ``wrong_after``: from
-    this step on pictures are wrong; ``bonus``: added to every reward; ``chance(place)``: end chance
+    this step on pictures are wrong; ``bonus(place)``: added to the reward; ``chance(place)``: end chance
     of a step that led there (default: 0 or 1, as it is).
     """
 
     def __init__(self, kind="discrete", wind=lambda place: 0, deaf=False, wrong_after=10**6,
-                 bonus=0.0, chance=None):
+                 bonus=lambda place: 0.0 * place, chance=None):
         super().__init__(kind)
         self.wind, self.deaf, self.wrong_after = wind, deaf, wrong_after
         self.bonus, self.chance = bonus, chance
@@ -34,8 +34,8 @@ class KnownWorld(FakeWorld):
         after, chunk = super().step(state, actions, slots, per_frame)
         place = (chunk.latents_BFChw[:, -1, 0, 0, 0] * 128 + 128).round().numpy()
         if late.any():
-            chunk.latents_BFChw[late, :, 2] *= -1
-        chunk.reward_BF += self.bonus
+            chunk.latents_BFChw[late, :, 2] = 0
+        chunk.reward_BF += self.bonus(torch.from_numpy(place))[:, None]
         if self.chance is not None:
             chunk.end_probability_B = self.chance(place)
             chunk.terminated_B[:] = False
@@ -88,13 +88,3 @@ def record(path, episodes=12, steps=40, ends=True, game="Walk-v0"):
                          terminated=np.array(over), truncated=truncated, seed=i, policy="random"))
     store.append(made)
     return store
-
-
-def start_at(world, place, context=1):
-    """Starts of one slot at a place."""
-    byte = np.zeros(12, int)
-    byte[0] = place
-    frame = byte.reshape(1, 3, 2, 2).transpose(0, 2, 3, 1).repeat(20, 1).repeat(20, 2)
-    return Starts(world.encode(frame.astype(np.uint8))[:, None], np.zeros(
-        (1, 1, *world.spec.action.shape), world.spec.action.dtype), np.ones((1, 1), bool),
-        np.ones(1, int))
