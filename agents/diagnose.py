@@ -187,8 +187,10 @@ def _figures(found: Diagnosis, replayed: Replayed) -> list[Row]:
         for name in ("auc", "average_precision", "precision", "recall", "predicted", "recorded"):
             add(f"end_{name}_within_{band['window']}", band.get(name), band["windows"])
     told, spread = found.uncertainty, "uncertainty_"
+    seen = int(replayed.seen_SB.sum())
     for name in ("error_over_spread_1", "error_over_spread", "rank_correlation"):
-        add(spread + name, told.get(name), int(replayed.seen_SB.sum()))
+        first = name == "error_over_spread_1"
+        add(spread + name, told.get(name), int(replayed.seen_SB[0].sum()) if first else seen)
     add(spread + "auroc", told.get("auroc"), told["windows"],
         ci95=told.get("auroc_ci95"), note="95% percentile interval, whole clips drawn")
     for name in ("auroc_of_time", "wrong_share"):

@@ -12,8 +12,8 @@ class KnownWorld(FakeWorld):
     """The walker of ``tests.fakes`` without wind, unless a mistake is planted.
 
     ``wind(place)``: how strong chance is there; ``deaf``: actions do nothing; ``wrong_after``: from
-    this step on pictures are wrong; ``bonus(place)``: added to the reward; ``chance(place)``: end chance
-    of a step that led there (default: 0 or 1, as it is).
+    this step on pictures are wrong; ``bonus(place)``: added to the reward of a step that led there;
+    ``chance(place)``: its end chance (default: 0 or 1, as it is).
     """
 
     def __init__(self, kind="discrete", wind=lambda place: 0, deaf=False, wrong_after=10**6,
