@@ -113,14 +113,10 @@ def diagnose(task: Any, episodes: Any, ids: Sequence[int] | np.ndarray | None = 
     with tqdm(total=steps + 2, unit=" steps", desc="replay", disable=not progress) as bar:
         replayed = replay_clips(task, episodes, pieces, forks, seed, bar.update)
         bar.set_description("actions")
-        some = _some(pieces, RESPONSE_CLIPS)
-        obeyed = response.action_response(task.world, episodes, some, hold, seed)
+        obeyed = response.action_response(task.world, episodes, _some(pieces), hold, seed)
         bar.update(1)
         bar.set_description("idling")
-        runs = response.idle_runs(episodes, chosen, context, steps, RESPONSE_CLIPS)
-        if not len(runs):  # nobody idles in the recordings: the dream alone can be told
-            runs = Clips(some.firsts_B, np.zeros(len(some), np.int64), context)
-        drift = response.idle_drift(task.world, episodes, runs, steps, seed)
+        drift = _drift(task.world, episodes, chosen, pieces, steps, seed)
         bar.update(1)
     tolerance = calibration.reward_tolerance(replayed.real_reward_SB[replayed.there_SB])
     settings = {"world": task.world.spec.name, "data": str(episodes.path), "episodes": len(chosen),
@@ -136,10 +132,20 @@ def diagnose(task: Any, episodes: Any, ids: Sequence[int] | np.ndarray | None = 
     return found
 
 
-def _some(clips: Clips, count: int) -> Clips:
+def _some(clips: Clips, count: int = RESPONSE_CLIPS) -> Clips:
     """At most ``count`` of the clips, evenly from long to short."""
     pick = np.unique(np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int))
     return Clips(clips.firsts_B[pick], clips.steps_B[pick], clips.context)
+
+
+def _drift(world: Any, episodes: Any, ids: np.ndarray, clips: Clips, steps: int,
+           seed: int) -> dict:
+    """Idle drift beside recorded idling; where nobody idles, the dream alone can be told."""
+    runs = response.idle_runs(episodes, ids, clips.context, steps, RESPONSE_CLIPS)
+    if not len(runs):
+        some = _some(clips)
+        runs = Clips(some.firsts_B, np.zeros(len(some), np.int64), clips.context)
+    return response.idle_drift(world, episodes, runs, steps, seed)
 
 
 def _bands(steps: int) -> list[tuple[int, int]]:

@@ -121,7 +121,7 @@ def test_fork_spread_foretells_errors_of_a_windy_dream(store):
     found = look(store, wind=lambda place: 9 * (place >= 6))
     told, curve = found.uncertainty, found.uncertainty["reliability"]
     assert told["auroc"] > 0.5 and told["wrong_share"] > 0.1
-    assert told["rank_correlation"] > 0.2 and curve["spread"] == sorted(curve["spread"])
+    assert told["rank_correlation"] > 0.1 and curve["spread"] == sorted(curve["spread"])
     assert curve["error"][-1] > curve["error"][0] and sum(curve["n"]) > 100
 
 
@@ -162,6 +162,15 @@ def test_idle_drift_is_that_of_the_planted_wind(store):
     assert (np.array(storm["dream_from_start"]) > calm["dream_from_start"]).all()
     assert calm["n"][0] == 6 and len(calm["dream_from_start"]) == 10
     assert len(calm["n"]) == len(calm["real_from_start"]) == runs.steps_B.max()
+
+
+def test_recordings_in_which_nobody_idles(tmp_path):
+    data = make_store(tmp_path / "data", action="box", steps=(14, 12))
+    assert len(idle_runs(data, np.arange(2), 4, 5, 6)) == 0
+    task = replace(known_task(), world=nano.tiny(action=data.action), spread=None)
+    drift = diagnose(task, data, steps=3, clips=4, forks=2, window=2, hold=1).drift
+    assert len(drift["dream_from_start"]) == 3 and min(drift["dream_from_start"]) > 0
+    assert drift["n"] == drift["real_from_start"] == drift["dream_from_real"] == []
 
 
 def replayed(chance, ended, reward=0.0, there=None):
