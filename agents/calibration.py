@@ -4,7 +4,8 @@ Everything here is arithmetic on a replay (``worldgym.agents.replays``). A dream
 may follow, so that a single step cannot be called wrong because it differs. What is judged are
 *chances over a window*. The window of step s is the ``k`` steps from s on, cut short by a recorded
 end. The dream says that the episode ends in it with chance ``1 - product of (1 - end chance)``; the
-recording says whether it did. A window that neither ends nor is recorded in full is left out.
+recording says whether it did. A window that neither ends nor is recorded in full is left out. The
+dream goes on for as long as the recording does, whatever ends it draws.
 
 *End wrong*: that chance is on the wrong side of one half. *Reward wrong*: at some step of the
 window that neither recording nor dream ended, dreamt and recorded reward differ by more than a

@@ -9,6 +9,7 @@ from typing import Any
 from worldgym.agents.diagnose import Diagnosis
 from worldgym.errors import MissingDependencyError
 
+FEW = 3  # recorded idling is drawn where this many stretches of it still last
 LABELS = {"": "dream", "_copy": "copy of the last frame", "_codec": "codec alone"}
 
 
@@ -86,10 +87,11 @@ def _actions(found: Diagnosis, left: Any, right: Any) -> None:
     left.tick_params(axis="y", labelsize=8 if len(pairs) <= 20 else 4)
     drift = found.drift
     right.plot(_steps(found), drift["dream_from_start"], label="dream, all")
-    last = range(1, len(drift["n"]) + 1)
-    if drift["n"]:
-        right.plot(last, drift["same_from_start"], label="dream, where the recording idles")
-        right.plot(last, drift["real_from_start"], label="recording")
-        right.plot(last, drift["dream_from_real"], label="dream to recording")
+    last = sum(n >= FEW for n in drift["n"])
+    if last:
+        for name, label in (("same_from_start", "dream, where the recording idles"),
+                            ("real_from_start", "recording"),
+                            ("dream_from_real", "dream to recording")):
+            right.plot(range(1, last + 1), drift[name][:last], label=label)
     right.set(xlabel="idle steps", ylabel="distance from the first frame")
     right.legend(frameon=False)

@@ -39,6 +39,9 @@ class PlanConfig:
     share of the last plan in the next search's first distribution. ``every``: steps of a plan that
     are played before the next search.
 
+    >>> PlanConfig(n=64, futures=4).plans
+    16
+
     Raises:
         ConfigError: a number is out of range.
     """
@@ -106,6 +109,13 @@ class Planner:
     A plan is worth the sum of its rewards, each times the chance to have survived until then;
     survival is taken from the end chances, not from drawn ends. The action that it returns must be
     the one that is played.
+
+    >>> from worldgym.models import nano
+    >>> world = nano.tiny()
+    >>> policy = parse_planner("cem:horizon=2,n=4", world.spec.action, world)
+    >>> policy.reset(3, seed=0)
+    >>> policy.act(np.zeros((3, 32, 32, 3), np.uint8), t=0).shape
+    (3,)
 
     Args:
         task: what is dreamt and paid; ``Task(world=world, starts=None)`` pays by the world's heads.

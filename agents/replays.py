@@ -14,7 +14,7 @@ import numpy as np
 
 from worldgym.agents.encode import as_numpy
 from worldgym.envs.outcome import end_chances, judge
-from worldgym.errors import ConfigError, DatasetError, MissingDependencyError
+from worldgym.errors import ConfigError, DatasetError, MissingDependencyError, ShapeError
 from worldgym.train.metrics import psnr, real_context
 
 
@@ -89,6 +89,10 @@ def choose_clips(episodes: Any, ids: np.ndarray, context: int, steps: int, count
     if not len(ids):
         raise DatasetError("no episodes to replay", given="none", expected="at least one",
                            fix="record some with `worldgym collect`, or drop --held-out")
+    if ids.min() < 0 or ids.max() >= len(episodes):
+        raise DatasetError("no such episodes to replay", given=ids.tolist()[:8],
+                           expected=f"numbers in [0, {len(episodes) - 1}]",
+                           fix="pass one half of Episodes.split()")
     longest = int(episodes.lengths[ids].max())
     if longest < context - 1 + steps:
         raise DatasetError(
@@ -147,6 +151,10 @@ def ssim(a_BHWC: np.ndarray, b_BHWC: np.ndarray) -> np.ndarray:
         raise MissingDependencyError("SSIM needs scikit-image", given="no module skimage",
                                      expected="scikit-image",
                                      fix="pip install 'worldgym[rl]'") from error
+    if min(a_BHWC.shape[1:3]) < 7:
+        raise ShapeError("frames are too small for SSIM", given=a_BHWC.shape,
+                         expected="7 pixels or more each way, the size of its window",
+                         fix="use a world of larger frames")
     return np.array([structural_similarity(a, b, channel_axis=-1, data_range=255)
                      for a, b in zip(a_BHWC, b_BHWC, strict=True)])
 

@@ -14,7 +14,7 @@ from worldgym.agents import calibration, cli, results
 from worldgym.agents.diagnose import diagnose
 from worldgym.agents.replays import Replayed, choose_clips, ssim
 from worldgym.agents.response import action_response, idle_drift, idle_runs, probe_actions
-from worldgym.errors import ConfigError, DatasetError
+from worldgym.errors import ConfigError, DatasetError, ShapeError
 from worldgym.models import nano
 
 SIZES = {"steps": 15, "clips": 20, "forks": 3, "window": 4, "hold": 2}
@@ -269,6 +269,8 @@ def test_recordings_that_do_not_fit_are_refused(store, tmp_path):
             diagnose(known_task(), store, **SIZES | changes)
     with pytest.raises(DatasetError, match="no episodes"):
         diagnose(known_task(), store, [], **SIZES)
+    with pytest.raises(DatasetError, match="no such episodes"):
+        diagnose(known_task(), store, [0, 30], **SIZES)
     with pytest.raises(DatasetError, match="another game: got Walk-v0"):
         diagnose(known_task(twin="Run-v0"), store, **SIZES)
     with pytest.raises(DatasetError, match="other actions"):
@@ -304,6 +306,8 @@ def test_ssim_of_known_pictures():
     assert (ssim(a, 255 - a) < 0).all()
     worse = np.clip(a.astype(int) + rng.integers(-60, 60, a.shape), 0, 255).astype(np.uint8)
     slight = np.clip(a.astype(int) + rng.integers(-9, 9, a.shape), 0, 255).astype(np.uint8)
+    with pytest.raises(ShapeError, match="7 pixels"):
+        ssim(a[:, :6], a[:, :6])
     assert (ssim(a, worse) < ssim(a, slight)).all() and (ssim(a, slight) < 1).all()
 
 
