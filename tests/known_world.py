@@ -81,6 +81,7 @@ def record(path, episodes=12, steps=40, ends=True, game="Walk-v0"):
             rewards.append(1 + byte[0] / 8)
             over.append(bool(byte[5]))
         frames = np.stack(latents).reshape(-1, 3, 2, 2).transpose(0, 2, 3, 1)
+        frames[np.array(over)] = 0  # as real games do: the frame after an ending shows nothing
         truncated = np.zeros(len(actions), bool)
         truncated[-1] = not over[-1]
         made.append(dict(frames=frames.repeat(20, 1).repeat(20, 2).astype(np.uint8),
