@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.errors import ConfigError
 
 DESCRIPTION = "Learned video world models as ordinary reinforcement-learning environments."
 TAKE_COVER = "worldgym/TakeCover-v0"
 POLICY_HELP = ("random, noop, constant:1, sticky:0.2, sweep:20, dodger, noisy:0.1:POLICY, "
-               "agent.zip or module:function")
+               "cem:horizon=12,n=64, shooting:n=64, agent.zip or module:function")
 
 
 @dataclass(kw_only=True)
@@ -246,7 +247,7 @@ class Video:
         from worldgym.envs.tasks import load_task
 
         task = load_task(self.world)
-        policy = parse_policy(self.policy, task.world.spec.action, task.world)
+        policy = parse_policy(self.policy, task.world.spec.action, task.world, task)
         print("written:", side_by_side(task, game_maker(task), policy, self.out, seed=self.seed,
                                        steps=self.steps, context=self.context, mode=self.mode))
 
@@ -354,7 +355,7 @@ class Iterate:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
-    "inspect": Inspect, "demo": Demo, "iterate": Iterate,
+    "inspect": Inspect, "demo": Demo, "iterate": Iterate, "diagnose": Diagnose,
 }
 
 

@@ -23,7 +23,8 @@ def score_all(task: Any, policies: Mapping[str, str | Policy], episodes: int, *,
     action = task.world.spec.action
     bar = tqdm(total=len(policies) * len(where) * episodes, unit=" episodes", disable=not progress)
     for name, source in policies.items():
-        policy = parse_policy(source, action, task.world) if isinstance(source, str) else source
+        policy = (parse_policy(source, action, task.world, task) if isinstance(source, str)
+                  else source)
         if draw and hasattr(policy, "deterministic"):
             policy.deterministic = False
         scores[name] = {}

@@ -144,7 +144,8 @@ def _number(text: str, name: str, kind: type = float) -> float:
 
 EXAMPLES = {"random": "random", "noop": "noop", "constant": "constant:1", "sticky": "sticky:0.2",
             "sweep": "sweep:20", "dodger": "dodger",
-            "noisy": "noisy:0.1:dodger"}
+            "noisy": "noisy:0.1:dodger", "cem": "cem:horizon=12,n=64",
+            "shooting": "shooting:horizon=12,n=64"}
 
 _TABLE: dict[str, Callable[[ActionSpec, str | None], Policy]] = {
     "random": lambda a, _: Random(a),
@@ -156,16 +157,19 @@ _TABLE: dict[str, Callable[[ActionSpec, str | None], Policy]] = {
 }
 
 
-def parse_policy(name: str, action: ActionSpec, world: object | None = None) -> Policy:
+def parse_policy(name: str, action: ActionSpec, world: object | None = None,
+                 task: object | None = None) -> Policy:
     """Make the policy that ``name`` says.
 
     Args:
         name: ``random``, ``noop``, ``constant:1``, ``sticky:0.2``, ``sweep:20``, ``dodger``,
-            ``noisy:0.1:POLICY``, a trained ``model.zip``, or ``module:function`` (called with the
-            action spec).
+            ``noisy:0.1:POLICY``, ``cem:horizon=12,n=64`` and ``shooting:horizon=12,n=64``
+            (settings: ``worldgym.agents.planner.PlanConfig``), a trained ``model.zip``, or
+            ``module:function`` (called with the action spec).
         action: the game's actions.
         world: a world (or a function that makes one), needed to encode frames for a policy that
-            was trained on latent observations.
+            was trained on latent observations, and to plan in.
+        task: the task whose reward and end a planner plans for; default: the world's heads.
     """
     head, _, tail = name.partition(":")
     if head in _TABLE:
@@ -175,7 +179,11 @@ def parse_policy(name: str, action: ActionSpec, world: object | None = None) -> 
         return _TABLE[head](action, tail or None)
     if head == "noisy" and ":" in tail:
         chance, _, player = tail.partition(":")
-        return Noisy(action, _number(chance, "noisy"), parse_policy(player, action, world))
+        return Noisy(action, _number(chance, "noisy"), parse_policy(player, action, world, task))
+    if head in ("cem", "shooting"):
+        from worldgym.agents.planner import parse_planner
+
+        return parse_planner(name, action, world, task)
     if name.endswith(".zip"):
         from worldgym.agents.model import load_agent
 

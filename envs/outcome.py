@@ -96,6 +96,15 @@ def danger(chunk: Any) -> np.ndarray:
     return to_numpy(chance).astype(np.float64)
 
 
+def end_chances(task: Task, chunk: Any, ended_B: np.ndarray) -> np.ndarray:
+    """Chance (B,) that the chunk was the last; ``ended_B``: its ends as ``judge`` told them.
+
+    It is the head's where the task ends by a head that tells one; else an end is certain or not.
+    """
+    told = task.end == "head" and getattr(chunk, "end_probability_B", None) is not None
+    return end_chance(chunk) if told else ended_B.astype(np.float64)
+
+
 def truncations(
     elapsed_B: np.ndarray, terminated_B: np.ndarray, uncertainty_B: np.ndarray | None, task: Task
 ) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 
 from tests.fit_data import ACTIONS, make_store
 from worldgym.models import nano
-from worldgym.train.metrics import auc, end_chances, measure, psnr, replay
+from worldgym.train.metrics import auc, average_precision, end_chances, measure, psnr, replay
 
 
 def tiny():
@@ -44,6 +44,25 @@ def test_auc_against_its_definition():
         assert auc(score, truth) == pytest.approx(pairs(score, truth), abs=1e-12)
     assert np.isnan(auc(np.ones(3), np.ones(3, bool))) and np.isnan(auc(np.ones(3),
                                                                          np.zeros(3, bool)))
+
+
+def test_average_precision_against_its_definition():
+    def slow(score, truth):
+        """Sum over thresholds, from high to low, of precision times the recall gained."""
+        total, recall = 0.0, 0.0
+        for threshold in sorted(set(score), reverse=True):
+            told = score >= threshold
+            now = (told & truth).sum() / truth.sum()
+            total, recall = total + (now - recall) * truth[told].mean(), now
+        return total
+
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        score, truth = rng.integers(0, 12, 60) / 12, rng.random(60) < 0.3
+        assert average_precision(score, truth) == pytest.approx(slow(score, truth), abs=1e-12)
+    assert average_precision(np.full(8, 0.5), np.arange(8) < 2) == 0.25  # the share of true cases
+    assert average_precision(np.arange(8.0), np.arange(8) > 5) == 1
+    assert np.isnan(average_precision(np.ones(3), np.zeros(3, bool)))
 
 
 def test_replay_shows_the_frames_after_the_context(tmp_path):

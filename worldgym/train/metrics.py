@@ -33,20 +33,41 @@ def auc(score: np.ndarray, truth: np.ndarray) -> float:
     return float((rank[truth].sum() - n * (n + 1) / 2) / (n * (len(truth) - n)))
 
 
+def average_precision(score: np.ndarray, truth: np.ndarray) -> float:
+    """Average precision: precision at every distinct score, weighted by the recall it adds.
+
+    Cases of one score are accepted together. NaN when nothing is true.
+
+    >>> average_precision(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False]))
+    0.8333333333333333
+    """
+    n = int(truth.sum())
+    if n == 0:
+        return float("nan")
+    _, inverse = np.unique(-score, return_inverse=True)
+    accepted = np.cumsum(np.bincount(inverse))
+    hits = np.bincount(inverse, weights=truth)
+    return float((np.cumsum(hits) / accepted * hits).sum() / n)
+
+
+def real_context(world: World, episodes: Episodes, firsts: np.ndarray, context: int) -> Starts:
+    """Start states of ``context`` recorded frames each; ``firsts``: rows of the first of them."""
+    past = firsts[:, None] + np.arange(context)
+    frames = episodes.take("frames", past.ravel())
+    latents = torch.cat([world.encode(part) for part in np.array_split(frames, context)])
+    shape = (len(firsts), context)
+    return Starts(latents.unflatten(0, shape),
+                  episodes.take("actions", past.ravel()).reshape(*shape, *episodes.action.shape),
+                  np.isin(past, episodes.starts), np.full(len(firsts), context))
+
+
 def replay(world: World, episodes: Episodes, firsts: np.ndarray, context: int,
            steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Frames (S, B, H, W, 3) of the dream that replays recorded actions, and the real ones.
 
     ``firsts``: rows of the first context frame of each clip.
     """
-    past = firsts[:, None] + np.arange(context)
-    frames = episodes.take("frames", past.ravel())
-    latents = torch.cat([world.encode(part) for part in np.array_split(frames, context)])
-    shape = (len(firsts), context)
-    begins = np.isin(past, episodes.starts)
-    starts = Starts(latents.unflatten(0, shape),
-                    episodes.take("actions", past.ravel()).reshape(*shape, *episodes.action.shape),
-                    begins, np.full(len(firsts), context))
+    starts = real_context(world, episodes, firsts, context)
     state = world.begin(starts, [seed] * len(firsts), list(range(len(firsts))))
     dream, real = [], []
     for step in range(steps):
