@@ -13,7 +13,7 @@ from worldgym.errors import ConfigError
 DESCRIPTION = "Learned video world models as ordinary reinforcement-learning environments."
 TAKE_COVER = "worldgym/TakeCover-v0"
 POLICY_HELP = ("random, noop, constant:1, sticky:0.2, sweep:20, dodger, noisy:0.1:POLICY, "
-               "agent.zip or module:function")
+               "agent.zip, module:function or path/to/file.py:function")
 
 
 @dataclass(kw_only=True)
@@ -378,6 +378,12 @@ def settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 def named(policies: tuple[str, ...]) -> dict[str, str]:
-    """``("random", "best=sweep:20")`` as name -> policy."""
+    """``("random", "best=sweep:20")`` as name -> policy; every name once."""
     pairs = [p.partition("=") for p in policies]
+    names = [head for head, _, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or "" in names:
+        raise ConfigError("two policies of one name" if twice else "a policy without a name",
+                          given=twice or list(policies), expected="every name once",
+                          fix="write name=policy, such as first=random second=random")
     return {head: tail if equals else head for head, equals, tail in pairs}
