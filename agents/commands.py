@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from worldgym.agents.commands_evaluate import Evaluate
 from worldgym.errors import ConfigError
 
 DESCRIPTION = "Learned video world models as ordinary reinforcement-learning environments."
 TAKE_COVER = "worldgym/TakeCover-v0"
-POLICY_HELP = ("random, noop, constant:1, sticky:0.2, sweep:20, dodger, noisy:0.1:POLICY, "
-               "agent.zip, module:function or path/to/file.py:function")
 
 
 @dataclass(kw_only=True)
@@ -198,6 +197,7 @@ class Score:
         """Score."""
         from worldgym.agents import results
         from worldgym.agents.compare import score_all, text_table
+        from worldgym.agents.games import unit
         from worldgym.envs.tasks import load_task
 
         places = {"both": ("real", "dream"), "real": ("real",), "dream": ("dream",)}
@@ -209,8 +209,7 @@ class Score:
                            games=self.games, where=places[self.where], draw=self.draw)
         print(text_table(scores))
         if self.out is not None:
-            unit = "tics" if task.twin == "VizdoomTakeCover-v1" else ""
-            rows = [p.row(name, unit) for name, at in scores.items() for p in at.values()]
+            rows = [p.row(name, unit(task)) for name, at in scores.items() for p in at.values()]
             print("written:", results.write(self.out, rows))
 
 
@@ -352,7 +351,7 @@ class Iterate:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
-    "inspect": Inspect, "demo": Demo, "iterate": Iterate,
+    "inspect": Inspect, "demo": Demo, "iterate": Iterate, "evaluate": Evaluate,
 }
 
 

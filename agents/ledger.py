@@ -6,8 +6,10 @@ Shapes: K policies, N episodes of a block, S steps of all of them.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,10 +98,18 @@ class Ledger:
 
 
 def fingerprint(source: str) -> str:
-    """Hash of the files that a policy's name points to; empty where it points to none."""
-    found = hashlib.sha256()
-    files = [Path(part) for part in (source, source.rpartition(":")[0])
-             if part.endswith((".zip", ".py")) and Path(part).is_file()]
-    for file in files:
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16] if files else ""
+    """Hash of the file that a policy's name points to; empty where it points to none.
+
+    >>> fingerprint("sticky:0.2")
+    ''
+    """
+    source = re.sub(r"^(noisy:[^:]*:)+", "", source)
+    head, _, function = source.rpartition(":")
+    file = Path(source if source.endswith(".zip") else head)
+    if function and head and not head.endswith(".py"):
+        try:
+            spec = importlib.util.find_spec(head)
+        except (ImportError, ValueError):
+            return ""
+        file = Path(spec.origin) if spec is not None and spec.origin else Path()
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""

@@ -95,8 +95,8 @@ def play_real(
         games: how many games run in lockstep.
         progress: called with 1 after each episode.
     """
-    _check_count(episodes, "episodes")
-    _check_count(games, "games")
+    check_count(episodes, "episodes")
+    check_count(games, "games")
     with opened(make_game, min(games, episodes)) as envs:
         return real_block(envs, policy, range(episodes), range(seed, seed + episodes), seed,
                           progress)
@@ -163,7 +163,7 @@ def play_dream(
     The agent's reward is what the task pays; a distrust penalty or truncation is left out, so
     that the figure can be held against the real return.
     """
-    _check_count(episodes, "episodes")
+    check_count(episodes, "episodes")
     seeds = range(seed, seed + episodes)
     return Played.join([
         dream_block(task, [policy], range(first, min(first + slots, episodes)), seeds, seed,
@@ -186,12 +186,9 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
         seed: of the policies' own choices.
 
     Raises:
-        ConfigError: no horizon, or a policy whose actions do not fit; the message names it.
+        ConfigError: no horizon. Any WorldGymError of a policy; the message names the policy.
     """
-    if task.horizon is None:
-        raise ConfigError("dream return without a horizon", given="horizon None",
-                          expected="a horizon, so that every episode ends",
-                          fix="load_task(id, horizon=525)")
+    check_horizon(task)
     from worldgym.envs.outcome import judge
 
     world, per_chunk = task.world, int(task.world.spec.frames_per_chunk)
@@ -231,6 +228,14 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
             for k, p in enumerate(policies)]
 
 
+def check_horizon(task: Any) -> None:
+    """Raise ConfigError unless every dreamt episode of ``task`` comes to an end."""
+    if task.horizon is None:
+        raise ConfigError("dream return without a horizon", given="horizon None",
+                          expected="a horizon, so that every episode ends",
+                          fix="load_task(id, horizon=525)")
+
+
 def _reads_latents(policy: Policy) -> bool:
     return getattr(policy, "observes", "frame") == "latent"
 
@@ -243,15 +248,15 @@ def _decide(policies: Sequence[Policy], who_N: np.ndarray, episodes_N: np.ndarra
     for k in np.unique(who_N):
         policy, rows = policies[k], np.flatnonzero(who_N == k)
         times, slots = np.full(len(rows), step), episodes_N[rows]
-        if _reads_latents(policy):
-            said = policy.act_latents(latents[rows], times, slots)  # type: ignore[attr-defined]
-        else:
-            assert frames is not None
-            said = policy.act(frames[rows], times, slots)
         try:
+            if _reads_latents(policy):
+                said = policy.act_latents(latents[rows], times, slots)  # type: ignore[attr-defined]
+            else:
+                assert frames is not None
+                said = policy.act(frames[rows], times, slots)
             actions[rows] = action.check(np.asarray(said), len(rows))
         except WorldGymError as error:
-            raise ConfigError(f"policy {policy.name} does not fit this world", given=error.given,
+            raise type(error)(f"policy {policy.name}: {error.what}", given=error.given,
                               expected=error.expected, fix=error.fix) from error
     return actions
 
@@ -280,7 +285,8 @@ def _plain(action: np.ndarray) -> Any:
     return int(action) if np.ndim(action) == 0 and np.asarray(action).dtype.kind in "iu" else action
 
 
-def _check_count(value: int, name: str) -> None:
+def check_count(value: int, name: str) -> None:
+    """Raise ConfigError unless ``value`` is 1 or more."""
     if not isinstance(value, int | np.integer) or value < 1:
         raise ConfigError(f"impossible number of {name}", given=value, expected="1 or more",
                           fix=f"pass {name}=20")

@@ -6,7 +6,7 @@ few looks on the way, and at each look a bound on the test statistic so that the
 of them by luck is ``alpha`` altogether. Over several pairs the error is kept for the whole family
 by Holm's step-down rule at every look (Maurer and Bretz, "Multiple testing in group sequential
 trials using graphical approaches", Statistics in Biopharmaceutical Research 2013). The intervals
-are repeated confidence intervals (Jennison and Turnbull, JRSS B 1989): they hold whenever one stops.
+are repeated confidence intervals (Jennison and Turnbull, JRSS B 1989): they hold at any stop.
 
 Shapes: L looks, K policies, P pairs, N episodes.
 """
