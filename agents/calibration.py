@@ -21,12 +21,12 @@ def calibration_plot(found: Evaluation, path: str | Path) -> Path:
     """
     figure, axes = _paper(found)
     values = []
-    for number, name in enumerate(found.names):
+    order = np.argsort(-found.returns("real").mean(1), kind="stable")
+    for rank, name in enumerate(found.names[k] for k in order):
         real, dream = found.summaries[name, "real"], found.summaries[name, "dream"]
-        axes.errorbar(real.mean, dream.mean, fmt="o", markersize=4, capsize=2, elinewidth=1,
-                      xerr=_bars(real), yerr=_bars(dream), color=f"C{number % 10}")
-        axes.annotate(name, (real.mean, dream.mean), xytext=(4, 4), fontsize=7,
-                      textcoords="offset points")
+        axes.errorbar(real.mean, dream.mean, fmt="os^Dv"[rank % 5], markersize=5,
+                      capsize=2, elinewidth=1, xerr=_bars(real), yerr=_bars(dream),
+                      color=f"C{rank % 10}", label=name)
         values += [real.low, real.high, dream.low, dream.high]
     room = 0.05 * (max(values) - min(values)) or 1.0
     low, high = min(values) - room, max(values) + room
@@ -35,7 +35,8 @@ def calibration_plot(found: Evaluation, path: str | Path) -> Path:
     axes.set(xlim=(low, high), ylim=(low, high), title="  ".join(_measures(found)),
              xlabel=f"real return{_unit(found)}", ylabel=f"dream return{_unit(found)}")
     axes.title.set_fontsize(9)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), title="real best first",
+                title_fontsize=7)
     return _save(figure, path)
 
 
@@ -83,7 +84,7 @@ def _paper(found: Evaluation) -> tuple[Any, Any]:
     if not found.real:
         raise ConfigError("nothing to hold the dream against", given="dreamt episodes only",
                           expected="real episodes too", fix="evaluate(..., real=True)")
-    figure = Figure(figsize=(6, 6), dpi=120)
+    figure = Figure(figsize=(8, 6), dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)

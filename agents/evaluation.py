@@ -102,7 +102,7 @@ class Evaluation:
         if self.verdict is not None and place == "dream":
             interval = repeated_interval(a - b, self.looks, self.verdict.look)
             order = list(combinations(range(len(self.names)), 2))
-            separated = bool(self.verdict.separated_P[order.index((i, j))])
+            separated = bool(self.verdict.separated_P[order.index((min(i, j), max(i, j)))])
         return Pair(first, second, place, gap.mean, interval if self.episodes > 1 else None,
                     stats.episodes_needed(a, b), stats.episodes_needed(a, b, paired=False),
                     separated)

@@ -146,10 +146,10 @@ def _mean_gap(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def _bootstrap(data: tuple[np.ndarray, ...], statistic: object) -> tuple[float, float]:
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
     with warnings.catch_warnings():  # a degenerate sample is dealt with below
-        warnings.filterwarnings("ignore", message=".*(BCa|degenerate).*")
+        warnings.simplefilter("ignore", DegenerateDataWarning)
         result = bootstrap(data, statistic, n_resamples=RESAMPLES, method="BCa",
                            rng=np.random.default_rng(0), vectorized=True)
     low, high = map(float, result.confidence_interval)
