@@ -62,10 +62,11 @@ def drift_plot(found: Evaluation, path: str | Path) -> Path:
 
 
 def _measures(found: Evaluation) -> list[str]:
-    table = found.agreement or {}
-    named = {"pearson_r": "r", "kendall_tau": "tau", "mmrv": "MMRV"}
-    return [f"{short} = undefined" if table[key] is None else f"{short} = {table[key].value:.3g}"
-            for key, short in named.items() if key in table]
+    said = []
+    for key, short in (("pearson_r", "r"), ("kendall_tau", "tau"), ("mmrv", "MMRV")):
+        figure = (found.agreement or {}).get(key)
+        said.append(f"{short} = undefined" if figure is None else f"{short} = {figure.value:.3g}")
+    return said
 
 
 def _bars(value: Any) -> np.ndarray:

@@ -186,7 +186,7 @@ def _joined(parts: Sequence[Sequence[Played]]) -> list[Played]:
 def _task(world: Any, horizon: int | None) -> Any:
     from worldgym.envs.tasks import load_task
 
-    changes = {} if horizon is None else {"horizon": horizon}
+    changes: dict[str, Any] = {} if horizon is None else {"horizon": horizon}
     if isinstance(world, str | Path):
         return load_task(world, **changes)
     return replace(world, **changes)

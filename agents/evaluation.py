@@ -185,7 +185,7 @@ class Evaluation:
     def _place(self, name: str, place: str) -> dict[str, Any]:
         s, played = self.summaries[name, place], self.played[name][place]
         return {"mean": s.mean, "sd": s.sd, "ci95": self._known(s), "n": s.n,
-                "truncated": int(np.sum(played.truncated)),
+                "truncated": played.cut,
                 "mean_length": float(played.lengths.mean())}
 
     def _sequential(self) -> dict[str, Any] | None:
@@ -218,8 +218,7 @@ class Evaluation:
         if self.episodes == 1:
             said.append("One episode per policy: there are no intervals.")
         for (name, place), s in self.summaries.items():
-            cut = int(np.sum(self.played[name][place].truncated))
-            if cut == s.n:
+            if self.played[name][place].cut == s.n:
                 said.append(f"{name}, {place}: every episode was cut before its end; the value is "
                             "what it earned until then, not what it is worth.")
             elif s.sd == 0 and s.n > 1:

@@ -38,7 +38,7 @@ def _values(found: Evaluation) -> str:
         line = [name]
         for place in places:
             s = found.summaries[name, place]
-            cut = int(np.sum(found.played[name][place].truncated))
+            cut = found.played[name][place].cut
             line += [f"{number(s.mean)} ± {number(s.sd)}", _interval(s.ci95 if s.n > 1 else None),
                      str(s.n), "all" if cut == s.n else str(cut)]
         if found.real:

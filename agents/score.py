@@ -52,12 +52,17 @@ class Played:
         """One record of consecutive parts of the same policy in the same place."""
         return cls.of(parts[0].policy, parts[0].where, sum((p.seeds for p in parts), ()),
                       sum((p.rewards for p in parts), ()),
-                      np.concatenate([p.truncated for p in parts]))
+                      np.concatenate([np.asarray(p.truncated, bool) for p in parts]))
 
     @property
     def summary(self) -> Summary:
         """Mean, standard deviation and interval of the returns."""
         return summary(self.returns)
+
+    @property
+    def cut(self) -> int:
+        """How many episodes were cut before their end."""
+        return 0 if self.truncated is None else int(self.truncated.sum())
 
     def row(self, what: str, unit: str = "") -> Row:
         """The line for a results file."""
