@@ -2,7 +2,7 @@
 
 Shapes: K policies, N dreamt episodes, M real episodes. The policies are taken as given; intervals
 say how far the chance of the episodes could have moved a figure (bootstrap over episodes, the same
-ones for all policies of a place, because those share seeds).
+ones for all policies of a place, because those share seeds). Too few episodes give no interval.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from worldgym.agents.stats import difference
+from worldgym.agents.stats import FEW, difference
 from worldgym.errors import ShapeError
 
 RESAMPLES = 2_000
@@ -138,7 +138,7 @@ def _figures(values_S: np.ndarray, statistic: Callable[..., np.ndarray],
     from scipy.stats import DegenerateDataWarning, bootstrap
 
     intervals: list[tuple[float, float] | None] = [None] * len(values_S)
-    if min(sizes) > 1 and np.isfinite(values_S).any():
+    if min(sizes) >= FEW and np.isfinite(values_S).any():
         with warnings.catch_warnings():  # SciPy's own interval is unknown where a resample is
             warnings.simplefilter("ignore", DegenerateDataWarning)
             drawn_SR = bootstrap(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from worldgym.agents.commands_evaluate import Evaluate
+from worldgym.agents.ladder import named
 from worldgym.errors import ConfigError
 
 DESCRIPTION = "Learned video world models as ordinary reinforcement-learning environments."
@@ -374,15 +375,3 @@ def settings(pairs: tuple[str, ...]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[name] = value
     return found
-
-
-def named(policies: tuple[str, ...]) -> dict[str, str]:
-    """``("random", "best=sweep:20")`` as name -> policy; every name once."""
-    pairs = [p.partition("=") for p in policies]
-    names = [head for head, _, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or "" in names:
-        raise ConfigError("two policies of one name" if twice else "a policy without a name",
-                          given=twice or list(policies), expected="every name once",
-                          fix="write name=policy, such as first=random second=random")
-    return {head: tail if equals else head for head, equals, tail in pairs}

@@ -17,7 +17,7 @@ from worldgym.actions import ActionSpec
 from worldgym.agents import results, sequential
 from worldgym.agents.evaluation import Evaluation
 from worldgym.agents.games import game_maker, unit
-from worldgym.agents.ladder import expand
+from worldgym.agents.ladder import expand, named
 from worldgym.agents.ledger import Ledger, fingerprint
 from worldgym.agents.policy import Policy
 from worldgym.agents.score import (
@@ -77,27 +77,34 @@ def evaluate(
         ConfigError: no policy, two of one name, one that does not fit this world, no real twin,
             a folder begun with other settings. CheckpointError: an agent file is missing.
     """
+    for value, what in ((episodes, "episodes"), (slots, "slots"), (games, "games")):
+        check_count(value, what)
     task = _task(world, horizon)
-    for value, name in ((episodes, "episodes"), (slots, "slots"), (games, "games")):
-        check_count(value, name)
-    check_horizon(task)
     cast = _cast(policies, task, draw)
-    if until_separated and len(cast) < 2:
-        raise ConfigError("nothing to separate", given=f"{len(cast)} policy",
-                          expected="two policies or more", fix="leave out --until-separated")
     maker = game_maker(task) if real else None
-    width = max(1, slots // len(cast))
-    looks = sequential.look_points(episodes, width) if until_separated else (episodes,)
-    sequential.boundaries(looks, alpha)  # refuses an impossible alpha before anything is played
+    width, error = max(1, slots // len(cast)), alpha if until_separated else None
+    looks = _looks(episodes, width, error, len(cast))
     settings = _settings(task, cast, seed=seed, episodes=episodes, width=width, draw=draw,
-                         until_separated=alpha if until_separated else None)
+                         until_separated=error)
     ledger = Ledger(out or _default_out(settings), settings)
     run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, progress)
-    played, verdict = run.play(looks, width, alpha if until_separated else None)
+    played, verdict = run.play(looks, width, error)
     found = Evaluation(str(task.name), {n: a.source for n, a in cast.items()}, played, episodes,
-                       unit(task), looks if until_separated else (), verdict)
+                       unit(task), task.horizon, looks, verdict)
     _write(found, ledger.folder)
     return found
+
+
+def _looks(episodes: int, width: int, alpha: float | None, policies: int) -> tuple[int, ...]:
+    """Episode counts at which to test; without a test only the last one."""
+    if alpha is None:
+        return (episodes,)
+    if policies < 2:
+        raise ConfigError("nothing to separate", given=f"{policies} policy",
+                          expected="two policies or more", fix="leave out --until-separated")
+    looks = sequential.look_points(episodes, width)
+    sequential.boundaries(looks, alpha)  # refuses an impossible alpha before anything is played
+    return looks
 
 
 @dataclass(frozen=True)
@@ -187,15 +194,14 @@ def _task(world: Any, horizon: int | None) -> Any:
     from worldgym.envs.tasks import load_task
 
     changes: dict[str, Any] = {} if horizon is None else {"horizon": horizon}
-    if isinstance(world, str | Path):
-        return load_task(world, **changes)
-    return replace(world, **changes)
+    found = load_task(world, **changes) if isinstance(world, str | Path) else replace(
+        world, **changes)
+    check_horizon(found)
+    return found
 
 
 def _cast(policies: Sequence[str] | Mapping[str, str | Policy], task: Any,
           draw: bool) -> dict[str, _Actor]:
-    from worldgym.agents.commands import named
-
     spec = task.world.spec
     if isinstance(policies, str):
         policies = [policies]

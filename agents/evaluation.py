@@ -50,8 +50,9 @@ class Pair:
 class Evaluation:
     """Several policies on the same starts and noise, in the dream and perhaps in the real game.
 
-    ``played``: name -> place -> episodes; ``sources``: name -> what made the policy; ``looks`` and
-    ``verdict``: of the sequential test, if there was one. All policies have equally many episodes.
+    ``played``: name -> place -> episodes, equally many for all policies; ``sources``: name -> what
+    made the policy; ``planned``: the most episodes there might be; ``horizon``: of the dream, in
+    steps; ``looks`` and ``verdict``: of the sequential test, if there was one.
     """
 
     world: str
@@ -59,6 +60,7 @@ class Evaluation:
     played: Mapping[str, Mapping[str, Played]]
     planned: int
     unit: str = ""
+    horizon: int | None = None
     looks: tuple[int, ...] = ()
     verdict: Verdict | None = None
     about: Mapping[str, Any] = field(default_factory=results.about)
@@ -217,13 +219,23 @@ class Evaluation:
         said = []
         if self.episodes == 1:
             said.append("One episode per policy: there are no intervals.")
-        for (name, place), s in self.summaries.items():
-            if self.played[name][place].cut == s.n:
-                said.append(f"{name}, {place}: every episode was cut before its end; the value is "
-                            "what it earned until then, not what it is worth.")
-            elif s.sd == 0 and s.n > 1:
-                said.append(f"{name}, {place}: all {s.n} returns are equal; an interval of no "
-                            "width is no proof.")
+        elif self.episodes < stats.FEW:
+            said.append(f"Fewer than {stats.FEW} episodes: intervals of means are Student's t; "
+                        "agreement has none.")
+        for place in self.played[self.names[0]]:
+            cut = [n for n in self.names if self.played[n][place].cut == self.episodes]
+            flat = [n for n in self.names if n not in cut and self.summaries[n, place].sd == 0]
+            if cut:
+                said.append(f"In the {place} every episode was cut before its end for "
+                            f"{', '.join(cut)}: the value is what it earned until then.")
+            if flat and self.episodes > 1:
+                said.append(f"In the {place} all {self.episodes} returns are equal for "
+                            f"{', '.join(flat)}: an interval of no width is no proof.")
+        if self.real and self.horizon is not None:
+            longest = max(int(at["real"].lengths.max()) for at in self.played.values())
+            if longest > self.horizon:
+                said.append(f"Dreamt episodes are cut at {self.horizon} steps, real ones lasted "
+                            f"up to {longest}: part of dream - real is this cut.")
         undefined = [k for k, v in (self.agreement or {}).items() if v is None]
         if undefined:
             said.append(f"Undefined: {', '.join(undefined)} (needs three policies, and values "

@@ -46,3 +46,19 @@ def expand(policies: tuple[str, ...], spec: Any) -> tuple[str, ...]:
         raise ConfigError("no policies to evaluate", given="none", expected="one or more",
                           fix="pass --policy random agent.zip, or --ladder")
     return tuple(found)
+
+
+def named(policies: tuple[str, ...]) -> dict[str, str]:
+    """``("random", "best=sweep:20")`` as name -> policy; every name once.
+
+    Raises:
+        ConfigError: two policies of one name, or an empty name.
+    """
+    pairs = [p.partition("=") for p in policies]
+    names = [head for head, _, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or "" in names:
+        raise ConfigError("two policies of one name" if twice else "a policy without a name",
+                          given=twice or list(policies), expected="every name once",
+                          fix="write name=policy, such as first=random second=random")
+    return {head: tail if equals else head for head, equals, tail in pairs}

@@ -201,15 +201,13 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
     episode_R = np.tile(np.asarray(block, np.int64), len(policies))
     for policy in policies:
         policy.reset(len(seeds), seed)
-    keys = [int(seeds[e]) for e in episode_R]
-    index = task.starts.sample(keys, [0] * len(keys), beginnings_only=True)
-    state = world.begin(task.starts.gather(index), keys, [0] * len(keys))
+    state = _begin(task, [int(seeds[e]) for e in episode_R])
     latents = as_numpy(state.latents_BCHW)
     shown = any(not _reads_latents(p) for p in policies)
     frames = as_numpy(world.decode(state.latents_BCHW)) if shown else None
-    rewards: list[list[float]] = [[] for _ in keys]
-    truncated_R = np.zeros(len(keys), bool)
-    live, step = np.arange(len(keys)), 0
+    rewards: list[list[float]] = [[] for _ in who_R]
+    truncated_R = np.zeros(len(who_R), bool)
+    live, step = np.arange(len(who_R)), 0
     while len(live):
         actions = _decide(policies, who_R[live], episode_R[live], latents, frames, step,
                           world.spec.action)
@@ -239,6 +237,13 @@ def check_horizon(task: Any) -> None:
         raise ConfigError("dream return without a horizon", given="horizon None",
                           expected="a horizon, so that every episode ends",
                           fix="load_task(id, horizon=525)")
+
+
+def _begin(task: Any, keys: list[int]) -> Any:
+    """State of one dream per key, each at the beginning of an episode."""
+    episodes = [0] * len(keys)
+    index = task.starts.sample(keys, episodes, beginnings_only=True)
+    return task.world.begin(task.starts.gather(index), keys, episodes)
 
 
 def _reads_latents(policy: Policy) -> bool:

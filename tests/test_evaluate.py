@@ -117,7 +117,7 @@ def test_results_rows_and_pictures(found):
 def test_text_names_everything_and_no_nan(found):
     said = text(found[0])
     for word in ("random", "lazy", "cut", "dream - real", "Kendall's tau", "MMRV", "optimism",
-                 "unpaired", "every episode was cut"):
+                 "unpaired", "every episode was cut", "cut at 12 steps"):
         assert word in said
     assert "nan" not in said.lower()
 
@@ -175,10 +175,12 @@ def test_bad_input_is_named(folder, tmp_path):
                      ["nonsense"], [str(tmp_path / "none.py:make")], ["none.zip"], ["x.py"]):
         with pytest.raises(WorldGymError, match="Fix:"):
             evaluate(folder, policies, **given)
-    for change in ({"episodes": 0}, {"slots": 0}, {"games": 0}, {"alpha": 0.0},
-                   {"horizon": 0}, {"until_separated": True}):
+    for change in ({"episodes": 0}, {"slots": 0}, {"games": 0}, {"horizon": 0},
+                   {"until_separated": True}):
         with pytest.raises(ConfigError):
             evaluate(folder, ["random"], **{**given, **change})
+    with pytest.raises(ConfigError, match="alpha"):
+        evaluate(folder, CAST, until_separated=True, alpha=0.0, **given)
     with pytest.raises(ConfigError, match="no real game"):
         evaluate(toys.tiny_task(), ["random"], real=True, **given)
     with pytest.raises(ConfigError, match="horizon"):
