@@ -35,22 +35,11 @@ from worldgym.errors import ConfigError
 SLOTS = 96  # dream slots in one batch; more is hardly faster on a CPU, and loses more to a kill
 
 
-def evaluate(
-    world: str | Path | Any,
-    policies: Sequence[str] | Mapping[str, str | Policy],
-    *,
-    episodes: int = 50,
-    real: bool = False,
-    until_separated: bool = False,
-    out: str | Path | None = None,
-    seed: int = REAL_SEEDS,
-    slots: int = SLOTS,
-    games: int = 8,
-    horizon: int | None = None,
-    alpha: float = 0.05,
-    draw: bool = False,
-    progress: bool = True,
-) -> Evaluation:
+def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str | Policy], *,
+             episodes: int = 50, real: bool = False, until_separated: bool = False,
+             out: str | Path | None = None, seed: int = REAL_SEEDS, slots: int = SLOTS,
+             games: int = 8, horizon: int | None = None, alpha: float = 0.05, draw: bool = False,
+             progress: bool = True) -> Evaluation:
     """Score policies in the dream, and with ``real`` in the real twin too.
 
     Episode e of every policy begins in the same state and meets the same noise. Finished blocks of
@@ -67,8 +56,7 @@ def evaluate(
         out: folder for blocks, evaluation.json and results.json; default: a folder under ``runs``
             named after the settings.
         seed: first seed of the episodes.
-        slots: dream slots in one batch.
-        games: real games in lockstep.
+        slots, games: dream slots in one batch, real games in lockstep.
         horizon: steps after which a dreamt episode is cut; default: the world's.
         alpha: chance that ``until_separated`` tells any equal pair apart.
         draw: draw actions from trained policies instead of taking the most probable one.
@@ -84,8 +72,7 @@ def evaluate(
     maker = game_maker(task) if real else None
     width, error = max(1, slots // len(cast)), alpha if until_separated else None
     looks = _looks(episodes, width, error, len(cast))
-    settings = _settings(task, cast, seed=seed, episodes=episodes, width=width, draw=draw,
-                         until_separated=error)
+    settings = _settings(task, cast, seed, episodes, width, draw, error)
     ledger = Ledger(out or _default_out(settings), settings)
     run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, progress)
     played, verdict = run.play(looks, width, error)
@@ -237,13 +224,16 @@ def _check_fit(name: str, policy: Policy, spec: Any) -> None:
                           fix="give the world it was trained in as --world, or another agent")
 
 
-def _settings(task: Any, cast: Mapping[str, _Actor], **more: Any) -> dict[str, Any]:
+def _settings(task: Any, cast: Mapping[str, _Actor], seed: int, episodes: int, width: int,
+              draw: bool, alpha: float | None) -> dict[str, Any]:
+    """Everything the numbers depend on; how many real games run in lockstep is not among it."""
     return {
         "format": 1, "world": str(task.name), "fingerprint": task.world.fingerprint,
         "horizon": task.horizon, "twin": task.twin, "starts": repr(task.starts),
         **{key: value if isinstance(value, str) else value.__qualname__
            for key, value in (("reward", task.reward), ("end", task.end))},
-        "policies": [[name, actor.source, actor.hash] for name, actor in cast.items()], **more}
+        "policies": [[name, actor.source, actor.hash] for name, actor in cast.items()],
+        "seed": seed, "episodes": episodes, "width": width, "draw": draw, "alpha": alpha}
 
 
 def _default_out(settings: Mapping[str, Any]) -> Path:

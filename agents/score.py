@@ -184,14 +184,13 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
     seed and the step alone (common random numbers).
 
     Args:
-        task: needs a horizon.
         policies: act on frames, or on latents if they say so (``observes``).
         block: episode numbers to play now.
         seeds: one per episode of the whole experiment.
         seed: of the policies' own choices.
 
     Raises:
-        ConfigError: no horizon. Any WorldGymError of a policy; the message names the policy.
+        ConfigError: the task has no horizon. A policy's own errors come with its name.
     """
     check_horizon(task)
     from worldgym.envs.outcome import judge
@@ -218,10 +217,8 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
         step += 1
         go_on = ~ended & (step < task.horizon)
         truncated_R[live] = ~ended & ~go_on
-        made, rows = as_numpy(chunk.latents_BFChw), np.arange(len(live))
-        latents = made[rows, last * made.shape[1] // per_chunk][go_on]
-        if shown and go_on.any():
-            frames = as_numpy(chunk.frames())[rows, last][go_on]
+        if go_on.any():
+            latents, frames = _shown(chunk, np.flatnonzero(go_on), last[go_on], per_chunk, shown)
         live = live[go_on]
         if progress:
             progress(int((~go_on).sum()))
@@ -244,6 +241,14 @@ def _begin(task: Any, keys: list[int]) -> Any:
     episodes = [0] * len(keys)
     index = task.starts.sample(keys, episodes, beginnings_only=True)
     return task.world.begin(task.starts.gather(index), keys, episodes)
+
+
+def _shown(chunk: Any, rows: np.ndarray, last: np.ndarray, per_chunk: int,
+           decode: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """What these rows of a chunk show at their last frame: latents, and frames if wanted."""
+    made = as_numpy(chunk.latents_BFChw)
+    latents = made[rows, last * made.shape[1] // per_chunk]
+    return latents, as_numpy(chunk.frames())[rows, last] if decode else None
 
 
 def _reads_latents(policy: Policy) -> bool:
