@@ -130,7 +130,8 @@ class _Run:
                         bar.update(len(self.cast) * len(block))
                     else:
                         if place == "real" and not envs:
-                            envs = stack.enter_context(opened(self.maker, self.games))
+                            envs = stack.enter_context(
+                                opened(self.maker, min(self.games, width, len(self.seeds))))
                         done = self._play(place, block, envs, bar)
                     parts[place].append(done)
                 if alpha is not None and block.stop in looks:
