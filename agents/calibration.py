@@ -24,7 +24,7 @@ def calibration_plot(found: Evaluation, path: str | Path) -> Path:
     order = np.argsort(-found.returns("real").mean(1), kind="stable")
     for rank, name in enumerate(found.names[k] for k in order):
         real, dream = found.summaries[name, "real"], found.summaries[name, "dream"]
-        axes.errorbar(real.mean, dream.mean, fmt="os^Dv"[rank % 5], markersize=5,
+        axes.errorbar(real.mean, dream.mean, fmt="os^DvPX"[rank % 7], markersize=5,
                       capsize=2, elinewidth=1, xerr=_bars(real), yerr=_bars(dream),
                       color=f"C{rank % 10}", label=name)
         values += [real.low, real.high, dream.low, dream.high]

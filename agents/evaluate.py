@@ -71,7 +71,7 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
     cast = _cast(policies, task, draw)
     maker = game_maker(task) if real else None
     width, error = max(1, slots // len(cast)), alpha if until_separated else None
-    looks = _looks(episodes, width, error, len(cast))
+    looks = _looks(episodes, error, len(cast))
     settings = _settings(task, cast, seed, episodes, width, draw, error)
     ledger = Ledger(out or _default_out(settings), settings)
     run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, progress)
@@ -82,14 +82,14 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
     return found
 
 
-def _looks(episodes: int, width: int, alpha: float | None, policies: int) -> tuple[int, ...]:
+def _looks(episodes: int, alpha: float | None, policies: int) -> tuple[int, ...]:
     """Episode counts at which to test; without a test only the last one."""
     if alpha is None:
         return (episodes,)
     if policies < 2:
         raise ConfigError("nothing to separate", given=f"{policies} policy",
                           expected="two policies or more", fix="leave out --until-separated")
-    looks = sequential.look_points(episodes, width)
+    looks = sequential.look_points(episodes)
     sequential.boundaries(looks, alpha)  # refuses an impossible alpha before anything is played
     return looks
 

@@ -223,13 +223,14 @@ class Evaluation:
             said.append(f"Fewer than {stats.FEW} episodes: intervals of means are Student's t; "
                         "agreement has none.")
         for place in self.played[self.names[0]]:
+            where = "real game" if place == "real" else place
             cut = [n for n in self.names if self.played[n][place].cut == self.episodes]
             flat = [n for n in self.names if n not in cut and self.summaries[n, place].sd == 0]
             if cut:
-                said.append(f"In the {place} every episode was cut before its end for "
+                said.append(f"In the {where} every episode was cut before its end for "
                             f"{', '.join(cut)}: the value is what it earned until then.")
             if flat and self.episodes > 1:
-                said.append(f"In the {place} all {self.episodes} returns are equal for "
+                said.append(f"In the {where} all {self.episodes} returns are equal for "
                             f"{', '.join(flat)}: an interval of no width is no proof.")
         if self.real and self.horizon is not None:
             longest = max(int(at["real"].lengths.max()) for at in self.played.values())

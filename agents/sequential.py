@@ -36,13 +36,13 @@ class Verdict:
     stop: bool
 
 
-def look_points(episodes: int, step: int = 1) -> tuple[int, ...]:
-    """Episode counts at which to look: evenly spaced, at most ``LOOKS``, the last is ``episodes``.
+def look_points(episodes: int) -> tuple[int, ...]:
+    """Episode counts at which to look: even steps of ``FIRST`` or more, the last is ``episodes``.
 
-    >>> look_points(100, step=8)
+    >>> look_points(100)
     (10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
     """
-    count = max(1, min(LOOKS, episodes // max(step, FIRST)))
+    count = max(1, min(LOOKS, episodes // FIRST))
     return tuple(round(episodes * (k + 1) / count) for k in range(count))
 
 
