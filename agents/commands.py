@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from worldgym.agents.commands_diagnose import Diagnose
+from worldgym.agents.commands_evaluate import Evaluate
+from worldgym.agents.ladder import named
 from worldgym.errors import ConfigError
 
 DESCRIPTION = "Learned video world models as ordinary reinforcement-learning environments."
 TAKE_COVER = "worldgym/TakeCover-v0"
-POLICY_HELP = ("random, noop, constant:1, sticky:0.2, sweep:20, dodger, noisy:0.1:POLICY, "
-               "cem:horizon=12,n=64, shooting:n=64, agent.zip or module:function")
 
 
 @dataclass(kw_only=True)
@@ -201,6 +201,7 @@ class Score:
         """Score."""
         from worldgym.agents import results
         from worldgym.agents.compare import score_all, text_table
+        from worldgym.agents.games import unit
         from worldgym.envs.tasks import load_task
 
         places = {"both": ("real", "dream"), "real": ("real",), "dream": ("dream",)}
@@ -212,8 +213,7 @@ class Score:
                            games=self.games, where=places[self.where], draw=self.draw)
         print(text_table(scores))
         if self.out is not None:
-            unit = "tics" if task.twin == "VizdoomTakeCover-v1" else ""
-            rows = [p.row(name, unit) for name, at in scores.items() for p in at.values()]
+            rows = [p.row(name, unit(task)) for name, at in scores.items() for p in at.values()]
             print("written:", results.write(self.out, rows))
 
 
@@ -355,7 +355,8 @@ class Iterate:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
-    "inspect": Inspect, "demo": Demo, "iterate": Iterate, "diagnose": Diagnose,
+    "inspect": Inspect, "demo": Demo, "iterate": Iterate, "evaluate": Evaluate,
+    "diagnose": Diagnose,
 }
 
 
@@ -378,9 +379,3 @@ def settings(pairs: tuple[str, ...]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[name] = value
     return found
-
-
-def named(policies: tuple[str, ...]) -> dict[str, str]:
-    """``("random", "best=sweep:20")`` as name -> policy."""
-    pairs = [p.partition("=") for p in policies]
-    return {head: tail if equals else head for head, equals, tail in pairs}

@@ -61,6 +61,11 @@ def text_table(scores: Scores, against: str | None = "random") -> str:
         lines.append(line)
     if against not in scores:
         lines = [line[:6] for line in lines]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text with straight columns."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip()
                      for line in lines)

@@ -9,7 +9,7 @@ from typing import Any
 
 from worldgym.agents import results
 from worldgym.agents.compare import Scores, score_all, text_table
-from worldgym.agents.games import game_maker
+from worldgym.agents.games import game_maker, unit
 from worldgym.agents.model import load_agent
 from worldgym.agents.score import better
 from worldgym.agents.train import TrainConfig, Trained, train_in_dream
@@ -76,8 +76,7 @@ def contestants(world: str, task: Any, trained: Trained) -> dict[str, Any]:
 
 def write_results(path: Path, task: Any, scores: Scores, trained: Trained) -> Path:
     """The demo's figures in the format of every results file."""
-    unit = "tics" if task.twin == "VizdoomTakeCover-v1" else ""
-    rows = [played.row(name.replace(" ", "-"), unit)
+    rows = [played.row(name.replace(" ", "-"), unit(task))
             for name, at in scores.items() for played in at.values()]
     rows.append(results.Row(what="demo-agent", metric="dream_steps", value=trained.steps,
                             unit="steps"))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from worldgym.agents import calibration, response
+from worldgym.agents import reliability, response
 from worldgym.agents.replays import (
     Clips,
     Replayed,
@@ -41,7 +41,7 @@ class Diagnosis:
     ``by_step``: lists over the steps 1..S of means over the ``n`` clips that are still going on
     (see ``Replayed``; ``reward_error`` is the mean absolute difference, ``reward_bias`` the mean of
     dreamt minus recorded). ``ends``, ``end_reliability``, ``uncertainty``: see
-    ``worldgym.agents.calibration``. ``response``, ``drift``: see ``worldgym.agents.response``.
+    ``worldgym.agents.reliability``. ``response``, ``drift``: see ``worldgym.agents.response``.
     """
 
     settings: dict[str, Any]
@@ -118,15 +118,15 @@ def diagnose(task: Any, episodes: Any, ids: Sequence[int] | np.ndarray | None = 
         bar.set_description("idling")
         drift = _drift(task.world, episodes, chosen, pieces, steps, seed)
         bar.update(1)
-    tolerance = calibration.reward_tolerance(replayed.real_reward_SB[replayed.there_SB])
+    tolerance = reliability.reward_tolerance(replayed.real_reward_SB[replayed.there_SB])
     settings = {"world": task.world.spec.name, "data": str(episodes.path), "episodes": len(chosen),
                 "steps": steps, "clips": clips, "context": context, "forks": forks,
                 "window": window, "seed": seed}
     found = Diagnosis(
         settings=settings, by_step=_by_step(replayed),
-        ends=calibration.end_prediction(replayed, window, _bands(steps)),
-        end_reliability=calibration.end_reliability(replayed, window),
-        uncertainty=calibration.uncertainty(replayed, window, tolerance),
+        ends=reliability.end_prediction(replayed, window, _bands(steps)),
+        end_reliability=reliability.end_reliability(replayed, window),
+        uncertainty=reliability.uncertainty(replayed, window, tolerance),
         response=obeyed, drift=drift)
     found.figures.extend(_figures(found, replayed))
     return found

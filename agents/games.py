@@ -23,6 +23,11 @@ def game_maker(task: Any) -> Callable[[], Any]:
     return real_env_factory(task.twin, task.world.spec.frame_hw)
 
 
+def unit(task: Any) -> str:
+    """What one point of return is, where that has a name."""
+    return "tics" if task.twin == "VizdoomTakeCover-v1" else ""
+
+
 def plain_game(task: Any) -> Callable[[], Any]:
     """The twin as its makers ship it (Take Cover: 160x120, frame_skip 4), for speed comparisons."""
     if task.twin != "VizdoomTakeCover-v1":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from worldgym.actions import ActionSpec
 from worldgym.agents.encode import FrameObservation, LatentObservation
 from worldgym.agents.policy import acting
+from worldgym.agents.results import atomic_bytes
 from worldgym.errors import CheckpointError, ConfigError, MissingDependencyError, UnsafeFileError
 
 MEMBER = "worldgym.json"
@@ -79,12 +79,7 @@ def save_agent(model: Any, path: str | Path, facts: dict[str, Any]) -> Path:
     model.save(buffer)
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.writestr(MEMBER, json.dumps({"format": 1, **facts}, indent=1))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    atomic_bytes(path, buffer.getvalue())
     return path
 
 

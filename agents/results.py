@@ -157,10 +157,15 @@ def write(
 
 def atomic_text(path: str | Path, text: str) -> None:
     """Write ``text`` so that a reader sees the old file or the new one, never a part."""
+    atomic_bytes(path, text.encode())
+
+
+def atomic_bytes(path: str | Path, data: bytes) -> None:
+    """Write ``data`` so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -6,42 +6,70 @@ seed alone, however many games run side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from worldgym.actions import ActionSpec
 from worldgym.agents.encode import as_numpy
 from worldgym.agents.policy import Policy
 from worldgym.agents.results import Row
 from worldgym.agents.stats import METHOD, Summary, difference, summary
-from worldgym.errors import ConfigError, DTypeError
+from worldgym.errors import ConfigError, DTypeError, WorldGymError
 
 REAL_SEEDS = 1_000_000  # first seed of scoring episodes; recordings use those from 2,000,000 on
 
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """Returns and lengths of one policy's episodes, in the order of ``seeds``."""
+    """Returns and lengths of one policy's episodes, in the order of ``seeds``.
+
+    ``truncated``: which episodes were cut (at the horizon, or by the game) rather than ended;
+    ``rewards``: one array per episode, what each of its steps paid.
+    """
 
     policy: str
     where: str
     seeds: tuple[int, ...]
     returns: np.ndarray
     lengths: np.ndarray
+    truncated: np.ndarray | None = None
+    rewards: tuple[np.ndarray, ...] = ()
+
+    @classmethod
+    def of(cls, policy: str, where: str, seeds: Sequence[int],
+           rewards: Sequence[Sequence[float] | np.ndarray], truncated: object) -> Played:
+        """From what each step of each episode paid."""
+        steps = tuple(np.asarray(r, np.float64) for r in rewards)
+        return cls(policy, where, tuple(seeds), np.array([r.sum() for r in steps]),
+                   np.array([len(r) for r in steps], np.int64), np.asarray(truncated, bool), steps)
+
+    @classmethod
+    def join(cls, parts: Sequence[Played]) -> Played:
+        """One record of consecutive parts of the same policy in the same place."""
+        return cls.of(parts[0].policy, parts[0].where, sum((p.seeds for p in parts), ()),
+                      sum((p.rewards for p in parts), ()),
+                      np.concatenate([np.asarray(p.truncated, bool) for p in parts]))
 
     @property
     def summary(self) -> Summary:
         """Mean, standard deviation and interval of the returns."""
         return summary(self.returns)
 
+    @property
+    def cut(self) -> int:
+        """How many episodes were cut before their end."""
+        return 0 if self.truncated is None else int(self.truncated.sum())
+
     def row(self, what: str, unit: str = "") -> Row:
         """The line for a results file."""
         s = self.summary
-        return Row(what=what, metric=f"{self.where}_return", value=s.mean, ci95=s.ci95, n=s.n,
-                   unit=unit, seeds=seed_text(self.seeds), sd=s.sd,
-                   note=f"{METHOD}; policy {self.policy}")
+        return Row(what=what, metric=f"{self.where}_return", value=s.mean,
+                   ci95=s.ci95 if s.n > 1 else None, n=s.n, unit=unit,
+                   seeds=seed_text(self.seeds), sd=s.sd, note=f"{METHOD}; policy {self.policy}")
 
 
 def seed_text(seeds: Sequence[int]) -> str:
@@ -72,37 +100,58 @@ def play_real(
         games: how many games run in lockstep.
         progress: called with 1 after each episode.
     """
-    _check_count(episodes, "episodes")
-    _check_count(games, "games")
-    seeds = tuple(range(seed, seed + episodes))
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
-    envs = [make_game() for _ in range(min(games, episodes))]
+    check_count(episodes, "episodes")
+    check_count(games, "games")
+    with opened(make_game, min(games, episodes)) as envs:
+        return real_block(envs, policy, range(episodes), range(seed, seed + episodes), seed,
+                          progress)
+
+
+@contextlib.contextmanager
+def opened(make_game: Callable[[], Any], games: int) -> Iterator[list[Any]]:
+    """``games`` games, closed again at the end whatever happens."""
+    envs: list[Any] = []
     try:
-        policy.reset(episodes, seed)
-        running: dict[int, int] = {}  # game -> episode
-        frames: dict[int, np.ndarray] = {}
-        waiting = list(range(episodes))[::-1]
-        while waiting or running:
-            for game in range(len(envs)):
-                if game not in running and waiting:
-                    running[game] = waiting.pop()
-                    frames[game] = _frame(envs[game].reset(seed=seeds[running[game]])[0])
-            order = list(running)
-            slots = np.array([running[g] for g in order])
-            actions = policy.act(np.stack([frames[g] for g in order]), lengths[slots], slots)
-            for game, action in zip(order, actions, strict=True):
-                obs, reward, ended, cut, _ = envs[game].step(_plain(action))
-                frames[game] = _frame(obs)
-                returns[running[game]] += float(reward)
-                lengths[running[game]] += 1
-                if ended or cut:
-                    del running[game]
-                    if progress:
-                        progress(1)
+        while len(envs) < games:
+            envs.append(make_game())
+        yield envs
     finally:
         for env in envs:
             env.close()
-    return Played(policy.name, "real", seeds, returns, lengths)
+
+
+def real_block(envs: Sequence[Any], policy: Policy, block: Sequence[int], seeds: Sequence[int],
+               seed: int, progress: Callable[[int], None] | None = None) -> Played:
+    """Play the episodes ``block`` of an experiment of ``len(seeds)`` episodes in real games.
+
+    An episode depends on its number, its entry in ``seeds`` and ``seed`` (of the policy's own
+    choices) alone, not on the block it is played in.
+    """
+    policy.reset(len(seeds), seed)
+    rewards: dict[int, list[float]] = {e: [] for e in block}
+    truncated: dict[int, bool] = {}
+    running: dict[int, int] = {}  # game -> episode
+    frames: dict[int, np.ndarray] = {}
+    waiting = list(block)[::-1]
+    while waiting or running:
+        for game in range(len(envs)):
+            if game not in running and waiting:
+                running[game] = waiting.pop()
+                frames[game] = _frame(envs[game].reset(seed=int(seeds[running[game]]))[0])
+        order = list(running)
+        slots = np.array([running[g] for g in order])
+        times = np.array([len(rewards[e]) for e in slots])
+        actions = policy.act(np.stack([frames[g] for g in order]), times, slots)
+        for game, action in zip(order, actions, strict=True):
+            obs, reward, ended, cut, _ = envs[game].step(_plain(action))
+            frames[game] = _frame(obs)
+            rewards[running[game]].append(float(reward))
+            if ended or cut:
+                truncated[running.pop(game)] = bool(cut and not ended)
+                if progress:
+                    progress(1)
+    return Played.of(policy.name, "real", [int(seeds[e]) for e in block],
+                     [rewards[e] for e in block], [truncated[e] for e in block])
 
 
 def play_dream(
@@ -119,54 +168,112 @@ def play_dream(
     The agent's reward is what the task pays; a distrust penalty or truncation is left out, so
     that the figure can be held against the real return.
     """
-    _check_count(episodes, "episodes")
-    if task.horizon is None:
-        raise ConfigError("dream return without a horizon", given="horizon None",
-                          expected="a horizon, so that every episode ends",
-                          fix="load_task(id, horizon=525)")
-    seeds = tuple(range(seed, seed + episodes))
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
-    policy.reset(episodes, seed)
-    for first in range(0, episodes, slots):
-        block = np.arange(first, min(first + slots, episodes))
-        _dream_block(task, policy, block, seeds, returns, lengths, progress)
-    return Played(policy.name, "dream", seeds, returns, lengths)
+    check_count(episodes, "episodes")
+    seeds = range(seed, seed + episodes)
+    return Played.join([
+        dream_block(task, [policy], range(first, min(first + slots, episodes)), seeds, seed,
+                    progress)[0]
+        for first in range(0, episodes, slots)])
 
 
-def _dream_block(task: Any, policy: Policy, block: np.ndarray, seeds: Sequence[int],
-                 returns: np.ndarray, lengths: np.ndarray,
-                 progress: Callable[[int], None] | None) -> None:
+def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], seeds: Sequence[int],
+                seed: int, progress: Callable[[int], None] | None = None) -> list[Played]:
+    """Play the episodes ``block`` with every policy, all of them in one batch of dream slots.
+
+    Policies share each episode's start state and noise, because both follow from the episode's
+    seed and the step alone (common random numbers).
+
+    Args:
+        policies: act on frames, or on latents if they say so (``observes``).
+        block: episode numbers to play now.
+        seeds: one per episode of the whole experiment.
+        seed: of the policies' own choices.
+
+    Raises:
+        ConfigError: the task has no horizon. A policy's own errors come with its name.
+    """
+    check_horizon(task)
     from worldgym.envs.outcome import judge
 
     world, per_chunk = task.world, int(task.world.spec.frames_per_chunk)
-    keys = [int(seeds[e]) for e in block]
-    index = task.starts.sample(keys, [0] * len(keys), beginnings_only=True)
-    state = world.begin(task.starts.gather(index), keys, [0] * len(keys))
+    who_R = np.repeat(np.arange(len(policies)), len(block))
+    episode_R = np.tile(np.asarray(block, np.int64), len(policies))
+    for policy in policies:
+        policy.reset(len(seeds), seed)
+    state = _begin(task, [int(seeds[e]) for e in episode_R])
     latents = as_numpy(state.latents_BCHW)
-    wants_latents = getattr(policy, "observes", "frame") == "latent"
-    frames = None if wants_latents else as_numpy(world.decode(state.latents_BCHW))
-    live = np.arange(len(block))
+    shown = any(not _reads_latents(p) for p in policies)
+    frames = as_numpy(world.decode(state.latents_BCHW)) if shown else None
+    rewards: list[list[float]] = [[] for _ in who_R]
+    truncated_R = np.zeros(len(who_R), bool)
+    live, step = np.arange(len(who_R)), 0
     while len(live):
-        episodes = block[live]
-        if wants_latents:
-            actions = policy.act_latents(latents, lengths[episodes], episodes)  # type: ignore
-        else:
-            assert frames is not None
-            actions = policy.act(frames, lengths[episodes], episodes)
+        actions = _decide(policies, who_R[live], episode_R[live], latents, frames, step,
+                          world.spec.action)
         state, chunk = world.step(state, actions, slots=live.tolist())
         reward, ended, last = judge(task, chunk, per_chunk)
-        returns[episodes] += reward
-        lengths[episodes] += 1
-        go_on = ~(ended | (lengths[episodes] >= task.horizon))
-        made = as_numpy(chunk.latents_BFChw)
-        rows = np.arange(len(live))
-        latents = made[rows, last * made.shape[1] // per_chunk][go_on]
-        if not wants_latents and go_on.any():
-            frames = as_numpy(chunk.frames())[rows, last][go_on]
+        for row, paid in zip(live, reward, strict=True):
+            rewards[row].append(float(paid))
+        step += 1
+        go_on = ~ended & (step < task.horizon)
+        truncated_R[live] = ~ended & ~go_on
+        if go_on.any():
+            latents, frames = _shown(chunk, np.flatnonzero(go_on), last[go_on], per_chunk, shown)
         live = live[go_on]
         if progress:
             progress(int((~go_on).sum()))
     state.release()
+    return [Played.of(p.name, "dream", [int(seeds[e]) for e in block],
+                      [rewards[r] for r in np.flatnonzero(who_R == k)], truncated_R[who_R == k])
+            for k, p in enumerate(policies)]
+
+
+def check_horizon(task: Any) -> None:
+    """Raise ConfigError unless every dreamt episode of ``task`` comes to an end."""
+    if task.horizon is None:
+        raise ConfigError("dream return without a horizon", given="horizon None",
+                          expected="a horizon, so that every episode ends",
+                          fix="load_task(id, horizon=525)")
+
+
+def _begin(task: Any, keys: list[int]) -> Any:
+    """State of one dream per key, each at the beginning of an episode."""
+    episodes = [0] * len(keys)
+    index = task.starts.sample(keys, episodes, beginnings_only=True)
+    return task.world.begin(task.starts.gather(index), keys, episodes)
+
+
+def _shown(chunk: Any, rows: np.ndarray, last: np.ndarray, per_chunk: int,
+           decode: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """What these rows of a chunk show at their last frame: latents, and frames if wanted."""
+    made = as_numpy(chunk.latents_BFChw)
+    latents = made[rows, last * made.shape[1] // per_chunk]
+    return latents, as_numpy(chunk.frames())[rows, last] if decode else None
+
+
+def _reads_latents(policy: Policy) -> bool:
+    return getattr(policy, "observes", "frame") == "latent"
+
+
+def _decide(policies: Sequence[Policy], who_N: np.ndarray, episodes_N: np.ndarray,
+            latents: np.ndarray, frames: np.ndarray | None, step: int,
+            action: ActionSpec) -> np.ndarray:
+    """Every live row's action (N, *shape), asked of its own policy."""
+    actions = np.zeros((len(who_N), *action.shape), action.dtype)
+    for k in np.unique(who_N):
+        policy, rows = policies[k], np.flatnonzero(who_N == k)
+        times, slots = np.full(len(rows), step), episodes_N[rows]
+        try:
+            if _reads_latents(policy):
+                said = policy.act_latents(latents[rows], times, slots)  # type: ignore[attr-defined]
+            else:
+                assert frames is not None
+                said = policy.act(frames[rows], times, slots)
+            actions[rows] = action.check(np.asarray(said), len(rows))
+        except WorldGymError as error:
+            raise type(error)(f"policy {policy.name}: {error.what}", given=error.given,
+                              expected=error.expected, fix=error.fix) from error
+    return actions
 
 
 def optimism(dream: Played, real: Played) -> Summary:
@@ -175,8 +282,9 @@ def optimism(dream: Played, real: Played) -> Summary:
 
 
 def better(first: Played, second: Played) -> Summary:
-    """Difference of two policies' returns; paired only where the seeds are the same game."""
-    return difference(first.returns, second.returns)
+    """Difference of two policies' returns; paired where both played the same seeds in one place."""
+    same = first.where == second.where and first.seeds == second.seeds
+    return difference(first.returns, second.returns, paired=same)
 
 
 def _frame(obs: Any) -> np.ndarray:
@@ -192,7 +300,8 @@ def _plain(action: np.ndarray) -> Any:
     return int(action) if np.ndim(action) == 0 and np.asarray(action).dtype.kind in "iu" else action
 
 
-def _check_count(value: int, name: str) -> None:
+def check_count(value: int, name: str) -> None:
+    """Raise ConfigError unless ``value`` is 1 or more."""
     if not isinstance(value, int | np.integer) or value < 1:
         raise ConfigError(f"impossible number of {name}", given=value, expected="1 or more",
                           fix=f"pass {name}=20")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from worldgym.actions import ActionSpec
 from worldgym.agents.policy import Policy, SlotPolicy, acting, idle_action, sample_action
-from worldgym.errors import ConfigError
+from worldgym.errors import ConfigError, WorldGymError
 
 
 class Random(SlotPolicy):
@@ -165,7 +167,7 @@ def parse_policy(name: str, action: ActionSpec, world: object | None = None,
         name: ``random``, ``noop``, ``constant:1``, ``sticky:0.2``, ``sweep:20``, ``dodger``,
             ``noisy:0.1:POLICY``, ``cem:horizon=12,n=64`` and ``shooting:horizon=12,n=64``
             (settings: ``worldgym.agents.planner.PlanConfig``), a trained ``model.zip``, or
-            ``module:function`` (called with the action spec).
+            ``module:function`` or ``path/to/file.py:function`` (called with the action spec).
         action: the game's actions.
         world: a world (or a function that makes one), needed to encode frames for a policy that
             was trained on latent observations, and to plan in.
@@ -188,25 +190,61 @@ def parse_policy(name: str, action: ActionSpec, world: object | None = None,
         from worldgym.agents.model import load_agent
 
         return load_agent(Path(name), world=world)
+    if head.endswith(".py") and tail:
+        return _call(_module_of_file(Path(head)), tail, action, f"{head}:{tail}")
     if tail and head.replace(".", "").replace("_", "").isalnum():
         return _import_policy(head, tail, action)
     raise ConfigError(
         "unknown policy", given=repr(name),
-        expected=f"one of {', '.join(EXAMPLES.values())}, a model.zip, or module:function",
+        expected=f"one of {', '.join(EXAMPLES.values())}, a model.zip, module:function or "
+        "path/to/file.py:function",
         fix="check the spelling, or give a trained agent as agent.zip",
     )
 
 
 def _import_policy(module: str, function: str, action: ActionSpec) -> Policy:
     try:
-        factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError("policy cannot be imported", given=f"{module}:{function} ({error})",
-                          expected="module:function on the Python path",
-                          fix="run from the folder of that module, or install it") from error
-    policy = factory(action)
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise _no_import(f"{module}:{function}", error) from error
+    return _call(found, function, action, f"{module}:{function}")
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    """The module in a Python file, under a name that no other module has."""
+    spec = importlib.util.spec_from_file_location(f"policy_in_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError("policy file is missing", given=path, expected="an existing Python file",
+                          fix="check the path; it is relative to the current folder")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is named as its fault
+        raise _no_import(str(path), error) from error
+    return module
+
+
+def _no_import(name: str, error: BaseException) -> ConfigError:
+    return ConfigError("policy cannot be imported", given=f"{name} ({error!r})",
+                       expected="module:function on the Python path, or path/to/file.py:function",
+                       fix="run from the folder of that module, install it, or repair it")
+
+
+def _call(module: ModuleType, function: str, action: ActionSpec, name: str) -> Policy:
+    try:
+        factory = getattr(module, function)
+    except AttributeError as error:
+        raise _no_import(name, error) from error
+    try:
+        policy = factory(action)
+    except WorldGymError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise ConfigError("policy cannot be made", given=f"{name} ({error!r})",
+                          expected="a function of the action spec that returns a policy",
+                          fix="def make(action): return MyPolicy(action)") from error
     if not isinstance(policy, Policy):
-        raise ConfigError("not a policy", given=type(policy).__name__,
+        raise ConfigError("not a policy", given=f"{type(policy).__name__} from {name}",
                           expected="an object with name, reset(n, seed) and act(frames, t, slots)",
                           fix="see worldgym.agents.policy.Policy")
     return policy

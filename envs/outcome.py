@@ -102,7 +102,7 @@ def end_chances(task: Task, chunk: Any, ended_B: np.ndarray) -> np.ndarray:
     It is the head's where the task ends by a head that tells one; else an end is certain or not.
     """
     told = task.end == "head" and getattr(chunk, "end_probability_B", None) is not None
-    return end_chance(chunk) if told else ended_B.astype(np.float64)
+    return (to_numpy(chunk.end_probability_B) if told else ended_B).astype(np.float64)
 
 
 def truncations(

@@ -30,7 +30,8 @@ def test_help_names_every_command():
     out = subprocess.run([sys.executable, "-m", "worldgym.agents.cli", "--help"], cwd=ROOT,
                          capture_output=True, text=True)
     assert out.returncode == 0
-    for name in ("collect", "fit", "train", "score", "video", "bench", "inspect", "demo"):
+    for name in ("collect", "fit", "train", "score", "video", "bench", "inspect", "demo",
+                 "evaluate"):
         assert name in out.stdout
 
 
@@ -56,6 +57,9 @@ def test_help_of_every_command_says_something_about_every_option(name, capsys):
     ["collect", "--out", "/tmp/none", "--policy", "sticky:9"],
     ["collect", "--out", "/tmp/none", "--policy", "random@much"],
     ["fit", "--data", "nowhere", "--out", "/tmp/none"], ["fit"],
+    ["evaluate"], ["evaluate", "--policy", "random", "random"],
+    ["evaluate", "--policy", "nobody"], ["evaluate", "--ladder", "--env", "nowhere"],
+    ["evaluate", "--policy", "random", "--episodes", "0"],
     ["demo", "--world", "nowhere"], ["inspect", "--path", "/dev/null"],
 ])
 def test_a_mistake_is_one_paragraph(argv, capsys, tmp_path, monkeypatch):

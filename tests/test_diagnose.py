@@ -10,7 +10,7 @@ from tests.agent_toys import tiny_folder
 from tests.fit_data import make_store
 from tests.known_world import KnownWorld, known_task, record
 from worldgym.actions import ActionSpec
-from worldgym.agents import calibration, cli, results
+from worldgym.agents import cli, reliability, results
 from worldgym.agents.diagnose import diagnose
 from worldgym.agents.replays import Replayed, choose_clips, ssim
 from worldgym.agents.response import action_response, idle_drift, idle_runs, probe_actions
@@ -185,20 +185,20 @@ def replayed(chance, ended, reward=0.0, there=None):
 def test_windows_worked_out_by_hand():
     told = replayed([[0.5, 0.1], [0.5, 0.2], [0.0, 0.5], [0.2, 0.9]],
                     [[0, 0], [0, 1], [0, 0], [0, 0]], there=[[1, 1], [1, 1], [1, 0], [1, 0]])
-    chance, came, counts = calibration.windows(told, 2)
+    chance, came, counts = reliability.windows(told, 2)
     # clip 0 never ends; its last window is cut off. Clip 1 ends at its second step
     assert counts.tolist() == [[True, True], [True, True], [True, False], [False, False]]
     assert chance[0].tolist() == pytest.approx([0.75, 1 - 0.9 * 0.8])
     assert chance[1:3, 0].tolist() == pytest.approx([0.5, 0.2])
     assert chance[1, 1] == pytest.approx(0.2)
     assert came[0].tolist() == [False, True] and came[1].tolist() == [False, True]
-    wrong, _ = calibration.wrong_soon(told, 2, 0.0)
+    wrong, _ = reliability.wrong_soon(told, 2, 0.0)
     assert wrong.tolist() == [[True, True], [True, True], [False, False], [False, False]]
-    off, counts = calibration.wrong_soon(replace(told, reward_SB=np.array(
+    off, counts = reliability.wrong_soon(replace(told, reward_SB=np.array(
         [[0, 0], [0, 9], [0, 9], [5.0, 0]])), 2, 2.0)
     assert off[2, 0]  # the reward of the step after it
     assert not off[~counts].any()
-    assert calibration.wrong_soon(replayed([[0.0], [0.0]], [[0], [1]], reward=[[0.0], [9.0]]), 1,
+    assert reliability.wrong_soon(replayed([[0.0], [0.0]], [[0], [1]], reward=[[0.0], [9.0]]), 1,
                                   1.0)[0].tolist() == [[False], [True]]  # the end was not foreseen
 
 
@@ -207,18 +207,18 @@ def test_an_honest_spread_gives_one():
     sd = rng.uniform(0.1, 1, (40, 50))
     error = np.abs(rng.normal(size=sd.shape)) * sd * np.sqrt(2)
     honest = replace(replayed(np.zeros(sd.shape), np.zeros(sd.shape)), spread_SB=sd, error_SB=error)
-    told = calibration.uncertainty(honest, 3, 0.0)
+    told = reliability.uncertainty(honest, 3, 0.0)
     assert told["error_over_spread"] == pytest.approx(1, abs=0.06)
     curve = told["reliability"]
     expected = np.sqrt(2) * np.array(curve["spread"])
     assert np.array(curve["error"]) == pytest.approx(expected, rel=0.3)
-    proud = calibration.uncertainty(replace(honest, error_SB=3 * error), 3, 0.0)
+    proud = reliability.uncertainty(replace(honest, error_SB=3 * error), 3, 0.0)
     assert proud["error_over_spread"] == pytest.approx(3 * told["error_over_spread"])
 
 
 def test_end_reliability_bins():
     told = replayed([[0.05, 0.05, 0.95, 0.95, 1.0]], [[0, 1, 1, 1, 0]])
-    curve = calibration.end_reliability(told, 1)
+    curve = reliability.end_reliability(told, 1)
     assert curve["predicted"] == pytest.approx([0.05, 2.9 / 3]) and curve["n"] == [2, 3]
     assert curve["recorded"] == pytest.approx([1 / 2, 2 / 3])
 
@@ -227,9 +227,9 @@ def test_the_interval_draws_clips():
     clip = np.repeat(np.arange(20), 30)
     truth = np.tile(np.arange(30) >= 20, 20)
     score = truth + np.random.default_rng(0).normal(size=600)
-    low, high = calibration.over_clips(calibration.auc, score, truth, clip)
-    assert low < calibration.auc(score, truth) < high < 1
-    assert calibration.over_clips(calibration.auc, score, np.ones(600, bool), clip) is None
+    low, high = reliability.over_clips(reliability.auc, score, truth, clip)
+    assert low < reliability.auc(score, truth) < high < 1
+    assert reliability.over_clips(reliability.auc, score, np.ones(600, bool), clip) is None
 
 
 def test_clips_are_different_places_inside_episodes(store):

@@ -74,6 +74,25 @@ def test_optimism_and_difference():
     assert seed_text([1, 5]) == "1,5"
 
 
+def test_a_comparison_is_paired_where_seeds_and_place_are_the_same():
+    luck = np.array([0.0, 50, 100, 150])
+    steps = np.ones(4, int)
+    first = Played("a", "real", (0, 1, 2, 3), luck + [5, 6, 5, 6], steps)
+    second = Played("b", "real", (0, 1, 2, 3), luck, steps)
+    elsewhere = Played("b", "real", (7, 8, 9, 10), luck, steps)
+    assert better(first, second).low > 4 and better(first, elsewhere).low < 0
+    dreamt = Played("a", "dream", (0, 1, 2, 3), luck, steps)
+    assert better(first, dreamt).low < 0
+
+
+def test_what_was_cut_is_known(task):
+    cut = play_dream(tiny_task(end="never", horizon=3), policy(), episodes=2)
+    assert cut.cut == 2 and cut.lengths.tolist() == [3, 3]
+    assert [len(r) for r in cut.rewards] == [3, 3]
+    assert play_real(Corridor, policy("constant:1"), episodes=3).cut == 0
+    assert play_real(Corridor, policy("noop"), episodes=3).cut == 3
+
+
 def test_stack_matches_the_dream(task):
     """Frames through the codec give the very observation that DreamVecEnv shows."""
     from worldgym.envs.sb3 import DreamVecEnv
