@@ -92,6 +92,12 @@ def test_refit_keeps_the_codec(tmp_path):
         equal = all(torch.equal(before[k], after[k]) for k in before)
         assert equal == (part == "codec"), part
     assert new.cfg.name == "b" and new.cfg.window == 3 and new.cfg.wan.dim == 32
+    heads = nano.load_nano(fit(FitConfig(  # other heads only: the dynamics keep their bits
+        out=str(tmp_path / "d"), init=str(tmp_path / "b"),
+        **args | dict(dynamics_iterations=0, ahead=3))))
+    kept, left = heads.dynamics.state_dict(), new.dynamics.state_dict()
+    assert all(torch.equal(kept[k], left[k]) for k in left)
+    assert heads.cfg.outcome_ahead == 3 and heads.outcome.cfg.ahead == 3
     for wrong in (dict(width=64), dict(layers=2)):
         with pytest.raises(ConfigError, match="does not fit.*--init"):
             fit(FitConfig(out=str(tmp_path / "c"), init=str(tmp_path / "a"), **args | wrong))
