@@ -123,6 +123,7 @@ class Train:
         horizon: steps after which a dream is cut; default: the world's.
         distrust: cut a dream when fork spread exceeds this.
         penalty: reward taken off per unit of fork spread.
+        temperature: of the dream's noise; default: the world's; above it, dreams are harder.
         hazard: reward taken off per unit of danger, the chance of an end soon.
         save_every: steps between checkpoints.
         init: agent.zip whose weights the training begins with.
@@ -142,6 +143,7 @@ class Train:
     horizon: int | None = None
     distrust: float | None = None
     penalty: float = 0.0
+    temperature: float | None = None
     hazard: float = 0.0
     save_every: int = 50_000
     init: Path | None = None
@@ -163,7 +165,7 @@ class Train:
                                    "hazard": self.hazard}
         if self.horizon is not None:
             changes["horizon"] = self.horizon
-        task = load_task(self.world, **changes)
+        task = load_task(self.world, temperature=self.temperature, **changes)
         if self.real:
             spec = task.world.spec
             done = train.train_in_game(game_maker(task), spec.action, spec.frame_hw, config,

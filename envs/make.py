@@ -14,25 +14,27 @@ TASK_SETTINGS = ("horizon", "distrust", "penalty", "hazard", "forks", "reward", 
                  "starts")
 VIEW_SETTINGS = tuple(f.name for f in fields(ViewConfig))
 
+LOADED = ("device", "temperature")  # settings of the world itself
+
 World = str | Path | Task
 
 
 def _split(world: World, settings: dict[str, Any], own: tuple[str, ...]) -> tuple[Task, dict]:
     """The task with its settings applied, and the face's settings."""
-    check_names(settings, [*own, *VIEW_SETTINGS, *TASK_SETTINGS, "device", "max_episode_steps"],
+    check_names(settings, [*own, *VIEW_SETTINGS, *TASK_SETTINGS, *LOADED, "max_episode_steps"],
                 "env setting")
     rest = dict(settings)
-    device, steps = rest.pop("device", "cpu"), rest.pop("max_episode_steps", None)
+    load, steps = {k: rest.pop(k) for k in LOADED if k in rest}, rest.pop("max_episode_steps", None)
     changes = {name: rest.pop(name) for name in TASK_SETTINGS if name in rest}
     view = {name: rest[name] for name in VIEW_SETTINGS if name in rest}
     ViewConfig(**view)  # refuse a bad setting before a world is loaded
     if isinstance(world, Task):
-        if "device" in settings:
-            raise ConfigError("device of a task that is already loaded", given=repr(device),
-                              expected="a name or folder", fix="load the task on that device")
+        if load:
+            raise ConfigError(f"{' and '.join(load)} of a task that is already loaded", given=load,
+                              expected="a name or folder", fix="load_task(name, ...) with these")
         task = replace(world, **changes)
     else:
-        task = load_task(world, device=device, **changes)
+        task = load_task(world, **load, **changes)
     if steps is not None:
         replace(task, horizon=steps)  # refuses nonsense
         task = replace(task, horizon=steps if task.horizon is None else min(steps, task.horizon))
@@ -45,7 +47,8 @@ def make_dream(world: World, **settings: Any) -> DreamEnv:
     Args:
         world: "worldgym/TakeCover-v0", a folder that ``worldgym fit`` wrote, or a task.
         settings: render_mode; observation, frame_stack, actions, info_frames; horizon, distrust,
-            penalty, hazard, forks, reward, end, spread, starts; max_episode_steps; device.
+            penalty, hazard, forks, reward, end, spread, starts; max_episode_steps; device,
+            temperature.
 
     Raises:
         ConfigError: an unknown or impossible setting. CheckpointError: files are missing or broken.

@@ -108,23 +108,28 @@ class Task:
 
 
 @functools.lru_cache(maxsize=8)
-def _load(folder: str, stamp: int, device: str) -> tuple[Any, Any, dict]:
+def _load(folder: str, stamp: int, device: str,
+          temperature: float | None) -> tuple[Any, Any, dict]:
     from worldgym.data.starts import StartBank
     from worldgym.models import nano
 
-    world = nano.load(Path(folder), device=device) if device != "cpu" else nano.load(Path(folder))
+    changes = {} if temperature is None else {"temperature": temperature}
+    world = nano.load(Path(folder), device, **changes)
     starts = StartBank.load(Path(folder) / "starts.safetensors")
     described = json.loads((Path(folder) / "world.json").read_text())
     return world, starts, dict(described.get("task", {}))
 
 
-def load_task(name: str | Path, *, device: str = "cpu", **changes: Any) -> Task:
+def load_task(name: str | Path, *, device: str = "cpu", temperature: float | None = None,
+              **changes: Any) -> Task:
     """The task of a registered id or of a world's folder; the world is shared within a process.
 
     Args:
         name: an id from ``TASKS`` or a folder with world.safetensors, world.json and
             starts.safetensors; the json's "task" entry may give horizon and twin.
         device: torch device of the world.
+        temperature: of the sampler's noise; None: the world's own. Above it, dreams are harder:
+            agents find fewer faults to live on (Ha and Schmidhuber, 2018, section 4).
         changes: fields of ``Task`` to replace, such as ``horizon=200``.
 
     Raises:
@@ -144,7 +149,7 @@ def load_task(name: str | Path, *, device: str = "cpu", **changes: Any) -> Task:
                               fix="fit the world again, or restore the folder")
     check_names(changes, [f.name for f in fields(Task)], "task setting")
     stamp = (folder / "world.safetensors").stat().st_mtime_ns
-    world, starts, described = _load(str(folder.resolve()), stamp, str(device))
+    world, starts, described = _load(str(folder.resolve()), stamp, str(device), temperature)
     known = {f.name for f in fields(Task)}
     facts = {**{k: v for k, v in described.items() if k in known}, **facts}
     return replace(Task(world=world, starts=starts, name=str(name), **facts), **changes)

@@ -413,3 +413,21 @@ def test_another_process_goes_on_from_a_file(tmp_path):
     child.start()
     assert ours.poll(120) and ours.recv() == [env.step(1)[0].tobytes() for _ in range(3)]
     child.join(20)
+
+
+def test_a_hotter_dream_is_another_world(tmp_path):
+    from tests.agent_toys import tiny_folder
+
+    folder = tiny_folder(tmp_path / "world")
+    worlds = [load_task(folder).world, load_task(folder, temperature=2.0).world]
+    assert [w.temperature for w in worlds] == [1.0, 2.0]
+    assert worlds[0].fingerprint != worlds[1].fingerprint  # neither takes the other's states
+    frames = []
+    for env in (make_dream(folder), make_dream(folder, temperature=2.0)):
+        env.reset(seed=0)
+        frames.append(env.step(1)[0])
+    assert not np.array_equal(*frames)
+    with pytest.raises(ConfigError, match="temperature of a task that is already loaded"):
+        make_dream(load_task(folder), temperature=2.0)
+    with pytest.raises(ConfigError, match="impossible temperature"):
+        load_task(folder, temperature=-1.0)
