@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worldgym.agents.report_films import Film, disagreements
 from worldgym.agents.report_files import read_diagnosis, read_evaluation, read_settings
+from worldgym.agents.report_films import Film, disagreements
 from worldgym.agents.report_tables import diagnosis_tables, evaluation_tables
 from worldgym.agents.report_words import verdict
 from worldgym.agents.results import atomic_text
