@@ -7,14 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worldgym.agents.report_files import read_diagnosis, read_evaluation, read_settings
-from worldgym.agents.report_films import Film, disagreements
 from worldgym.agents.report_tables import diagnosis_tables, evaluation_tables
 from worldgym.agents.report_words import verdict
 from worldgym.agents.results import atomic_text
 from worldgym.errors import MissingDependencyError, WorldGymError
+
+if TYPE_CHECKING:
+    from worldgym.agents.report_films import Film
 
 MOST_BYTES = 5_000_000  # of all films; as text they take a third more
 PLOTS = {"calibration": "Dream against real return, with 95% intervals.",
@@ -60,7 +62,7 @@ def write_report(out: str | Path, *, evaluation: str | Path, diagnosis: str | Pa
     shots, remark = _films(data, folder, task) if films else ([], "They were not asked for.")
     pictures = _pictures(folder, PLOTS) if data["agreement"] is not None else []
     complete = {"evaluation": data, "diagnosis": found, "films": [f.to_json() for f in shots]}
-    page = _template().render(
+    page = template().render(
         data=data, about=data["about"], complete=complete, download=_uri(
             "application/json", json.dumps(complete, indent=1, allow_nan=False).encode()),
         verdict=verdict(data, found and found["diagnosis"]), tables=evaluation_tables(data),
@@ -72,7 +74,12 @@ def write_report(out: str | Path, *, evaluation: str | Path, diagnosis: str | Pa
     return out
 
 
-def _template() -> Any:
+def template() -> Any:
+    """The page, to be rendered; every value is escaped.
+
+    Raises:
+        MissingDependencyError: without Jinja2.
+    """
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
@@ -88,6 +95,8 @@ def _films(data: Mapping[str, Any], folder: Path, task: Any) -> tuple[Sequence[F
     """Films, and what a reader must know about them; without films, why."""
     if data["agreement"] is None:
         return [], "The real game was not played."
+    from worldgym.agents.report_films import disagreements  # torch, which the rest does not need
+
     try:
         made = disagreements(data, read_settings(folder), task)
     except WorldGymError as error:

@@ -37,7 +37,8 @@ COMPARED = {  # where the real game was played
                   "spearman": Maybe(FIGURE), "mmrv": Maybe(FIGURE), "optimism": FIGURE},
     "drift": [{"step": int, "dream": float, "dream_ci95": INTERVAL, "real": float,
                "real_ci95": INTERVAL}]}
-SETTINGS = {"world": str, "fingerprint": str, "seed": int, "episodes": int, "draw": bool}
+SETTINGS = {"world": str, "fingerprint": str, "seed": int, "episodes": int, "draw": bool,
+            "policies": [(str, str, str)]}
 STEPS = ("psnr", "psnr_copy", "psnr_codec", "ssim", "ssim_copy", "ssim_codec", "latent_error",
          "spread", "reward_error", "reward_bias", "end_chance", "end_recorded")
 DIAGNOSIS = {"about": ABOUT, "diagnosis": {

@@ -15,6 +15,7 @@ import numpy as np
 
 from worldgym.agents import video
 from worldgym.agents.games import game_maker
+from worldgym.agents.ledger import fingerprint
 from worldgym.agents.policy import Policy
 from worldgym.agents.replays import context_of
 from worldgym.agents.scripted import parse_policy
@@ -112,7 +113,7 @@ def disagreements(data: Mapping[str, Any], settings: Mapping[str, Any],
 
     Raises:
         ConfigError: the world, a policy or the real game cannot be found any more.
-        CheckpointError: the world is not the one that was evaluated.
+        CheckpointError: the world or a policy is not the one that was evaluated.
         MissingDependencyError: without what the game or a film needs.
     """
     task = _task(settings) if task is None else task
@@ -122,10 +123,7 @@ def disagreements(data: Mapping[str, Any], settings: Mapping[str, Any],
                               fix="evaluate again, or restore the world")
     takes = []
     for name in _policies(data):
-        source = next(p["source"] for p in data["policies"] if p["name"] == name)
-        player = parse_policy(source, task.world.spec.action, task.world)
-        if settings["draw"] and hasattr(player, "deterministic"):
-            player.deterministic = False
+        player = _player(task, name, settings)
         takes += [_take(task, player, name, episode, settings)
                   for episode in range(min(EPISODES, data["episodes"]))]
     takes.sort(key=lambda take: take.difference, reverse=True)
@@ -139,6 +137,20 @@ def _task(settings: Mapping[str, Any]) -> Any:
     from worldgym.envs.tasks import load_task
 
     return load_task(settings["world"])
+
+
+def _player(task: Any, name: str, settings: Mapping[str, Any]) -> Policy:
+    """A policy of the evaluation, made anew."""
+    source, hash_ = next((s, h) for n, s, h in [*settings["policies"], (name, "", None)]
+                         if n == name)
+    if fingerprint(source) != hash_:
+        raise CheckpointError("not the policy that was evaluated", given=f"{name}, {source}",
+                              expected=f"a file of hash {hash_}" if hash_ else "settings with it",
+                              fix="evaluate again, or restore the file")
+    player = parse_policy(source, task.world.spec.action, task.world)
+    if settings["draw"] and hasattr(player, "deterministic"):
+        player.deterministic = False
+    return player
 
 
 def _policies(data: Mapping[str, Any]) -> list[str]:

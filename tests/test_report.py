@@ -137,6 +137,8 @@ def test_films_are_the_end_of_evaluated_episodes(page, found, world, tmp_path):
 
 
 def test_without_films_the_page_says_why(found, world, tmp_path):
+    from worldgym.envs.tasks import load_task
+
     out = tmp_path / "report.html"
     page = Page(write_report(out, evaluation=found.folder, films=False))
     assert "not asked for" in page.texts["no-films"] and "video" not in page.tags
@@ -146,10 +148,11 @@ def test_without_films_the_page_says_why(found, world, tmp_path):
     assert "not the world that was evaluated" in page.texts["no-films"]
     with pytest.raises(CheckpointError, match="evaluate again"):
         disagreements(content(found.folder), settings | {"fingerprint": "else"})
+    swapped = [[name, source, "0123"] for name, source, _ in settings["policies"]]
+    with pytest.raises(CheckpointError, match="not the policy that was evaluated"):
+        disagreements(content(found.folder), settings | {"policies": swapped}, load_task(world))
     gone = changed(found.folder, tmp_path / "gone", "settings.json", world="nowhere")
     assert "unknown world" in Page(write_report(out, evaluation=gone)).texts["no-films"]
-    from worldgym.envs.tasks import load_task
-
     page = Page(write_report(out, evaluation=gone, task=load_task(world)))
     assert len(page.data["films"]) == 4
     (gone / "drift.png").unlink()
