@@ -25,6 +25,7 @@ from worldgym.errors import CheckpointError
 SECONDS = 6.0
 EACH = 2  # films of the most and of the least different kind, and policies of either kind
 EPISODES = 2  # episodes tried of each policy: its first ones, so that nobody chose them
+CONTROLS = 48  # rows below the picture, for the browser's buttons
 LONGEST = 2_000  # real steps; of a longer episode the last seconds before this are shown
 
 
@@ -179,8 +180,9 @@ def _rate(task: Any) -> float:
 def _film(task: Any, kind: str, take: _Take) -> Film:
     (real, dream), error = take.returns, take.picture_error
     pictures = video.panels([("real game", take.real), ("dream, same actions", take.dream)])
+    framed = [np.pad(p, ((0, CONTROLS), (0, 0), (0, 0)), constant_values=24) for p in pictures]
     with TemporaryDirectory() as folder:
-        mp4 = video.write(Path(folder) / "film.mp4", pictures, _rate(task)).read_bytes()
+        mp4 = video.write(Path(folder) / "film.mp4", framed, _rate(task)).read_bytes()
     return Film(kind=kind, policy=take.policy, episode=take.episode, seed=take.seed,
                 steps=len(take.real.frames) - take.count, real_return=real, dream_return=dream,
                 real_ended=bool(take.real.ended), dream_ended=bool(take.dream.ended),

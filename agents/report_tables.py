@@ -86,7 +86,8 @@ def _share(part: int, whole: int) -> Cell:
 def _policies(data: Mapping[str, Any]) -> Table:
     real = data["agreement"] is not None
     unit = f" ({data['unit']})" if data["unit"] else ""
-    heads = ["policy", "made from"]
+    told = any(p["name"] != p["source"] for p in data["policies"])
+    heads = ["policy", "made from"] if told else ["policy"]
     places = ["dream", "real"] if real else ["dream"]
     for place in places:
         heads += [f"{place} return{unit}", f"{place} 95% interval", f"{place} sd", f"{place} n",
@@ -94,7 +95,7 @@ def _policies(data: Mapping[str, Any]) -> Table:
     heads += ["optimism (dream - real)", "optimism 95% interval"] if real else []
     rows = []
     for policy in ranked(data, place_of(data)):
-        row = [_word(policy["name"]), _word(policy["source"])]
+        row = [_word(policy[key]) for key in (("name", "source") if told else ("name",))]
         for at in (policy[place] for place in places):
             row += [_number(at["mean"]), _between(at["ci95"]), _number(at["sd"]), _count(at["n"]),
                     _share(at["truncated"], at["n"])]
