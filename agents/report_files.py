@@ -131,8 +131,9 @@ def misfit(value: Any, form: Any, where: str = "") -> str | None:
         return None if value is None else misfit(value, form.form, where)
     if isinstance(form, type):
         return None if _is(value, form) else f"{name}: no {_title(form)}"
-    if not isinstance(value, dict if isinstance(form, dict) else list):
-        return f"{name}: no {_title(type(form))}"
+    kind: Any = dict if isinstance(form, dict) else list
+    if not isinstance(value, kind):
+        return f"{name}: no {_title(kind)}"
     if isinstance(form, dict):
         parts = [(k, f, value.get(k)) for k, f in form.items()]
         missing = [k for k in form if k not in value]
@@ -155,4 +156,4 @@ def _is(value: Any, kind: type) -> bool:
 
 def _title(kind: type) -> str:
     return {float: "number", int: "whole number", str: "text", bool: "true or false",
-            dict: "object", tuple: "list"}.get(kind, "list")
+            dict: "object"}.get(kind, "list")

@@ -157,16 +157,17 @@ def _diagnosed(told: Mapping[str, Any]) -> list[str]:
         dream, copy = (by_step[k][steps[-1]] for k in ("psnr", "psnr_copy"))
         than = "more" if dream > copy else "no more"
         said.append(f"After {steps[-1] + 1} steps of replayed recordings the dream's frames have "
-                    f"a PSNR of {number(dream)} dB, {than} than the last real frame shown "
-                    f"unchanged ({number(copy)} dB).")
+                    f"a PSNR of {number(dream)} dB over the {by_step['n'][steps[-1]]} clips still "
+                    f"going on, {than} than the last real frame shown unchanged "
+                    f"({number(copy)} dB).")
     ends = max(told["ends"], key=lambda b: (b["window"], b["windows"]), default=None)
     if ends is not None:
         auc = ends.get("auc")
         share = "undefined" if auc is None else number(auc)
         said.append(f"The AUC of its chance that the episode ends within {ends['window']} steps "
                     f"is {share} ({ends['ends']} of {ends['windows']} windows ended).")
-    auroc = told["uncertainty"].get("auroc")
-    share = "undefined" if auroc is None else number(auroc)
+    auroc, ci95 = (told["uncertainty"].get(key) for key in ("auroc", "auroc_ci95"))
+    share = "undefined" if auroc is None else f"{number(auroc)} ({_known(ci95)})"
     said.append("The chance that a step before a mistake has more fork spread than another is "
-                f"{share}.")
+                f"{share}; 0.5 is no better than guessing.")
     return said
