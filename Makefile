@@ -44,7 +44,7 @@ wheelcheck: setup        ## what is built installs, and holds every package
 	rm -rf build dist $(VENV)/wheelcheck
 	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/wheelcheck dist/*.whl
-	cd $(VENV) && PYTHONPATH=wheelcheck bin/python -c "import worldgym.envs, worldgym.agents.cli; assert 'wheelcheck' in worldgym.envs.__file__"
+	cd $(VENV) && PYTHONPATH=wheelcheck bin/python -c "import worldgym.envs, worldgym.agents.cli; assert 'wheelcheck' in worldgym.envs.__file__; from worldgym.agents.report import template; template()"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .types

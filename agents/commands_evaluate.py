@@ -27,6 +27,7 @@ class Evaluate:
         games: real games in lockstep.
         horizon: steps after which a dream is cut; default: the world's.
         draw: draw actions from the policy instead of taking the most probable one.
+        report: write report.html into the folder when done, with films if --real.
     """
 
     policy: tuple[str, ...] = ()
@@ -42,6 +43,7 @@ class Evaluate:
     games: int = 8
     horizon: int | None = None
     draw: bool = False
+    report: bool = True
 
     def run(self) -> None:
         """Evaluate."""
@@ -55,3 +57,7 @@ class Evaluate:
             until_separated=self.until_separated, seed=self.seed, slots=self.slots,
             games=self.games, horizon=self.horizon, alpha=self.alpha, draw=self.draw)
         print(text(found))
+        if self.report and found.folder is not None:
+            from worldgym.agents.report import write_report
+
+            print("written:", write_report(found.folder / "report.html", evaluation=found.folder))

@@ -119,9 +119,11 @@ def diagnose(task: Any, episodes: Any, ids: Sequence[int] | np.ndarray | None = 
         drift = _drift(task.world, episodes, chosen, pieces, steps, seed)
         bar.update(1)
     tolerance = reliability.reward_tolerance(replayed.real_reward_SB[replayed.there_SB])
-    settings = {"world": task.world.spec.name, "data": str(episodes.path), "episodes": len(chosen),
-                "steps": steps, "clips": clips, "context": context, "forks": forks,
-                "window": window, "seed": seed}
+    settings = {"world": task.world.spec.name,
+                "fingerprint": getattr(task.world, "fingerprint", ""),
+                "data": str(episodes.path), "episodes": len(chosen), "steps": steps,
+                "clips": clips, "context": context, "forks": forks, "window": window,
+                "seed": seed}
     found = Diagnosis(
         settings=settings, by_step=_by_step(replayed),
         ends=reliability.end_prediction(replayed, window, _bands(steps)),

@@ -77,7 +77,7 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
     run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, progress)
     played, verdict = run.play(looks, width, error)
     found = Evaluation(str(task.name), {n: a.source for n, a in cast.items()}, played, episodes,
-                       unit(task), task.horizon, looks, verdict)
+                       unit(task), task.horizon, looks, verdict, folder=ledger.folder)
     _write(found, ledger.folder)
     return found
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ class Evaluation:
 
     ``played``: name -> place -> episodes, equally many for all policies; ``sources``: name -> what
     made the policy; ``planned``: the most episodes there might be; ``horizon``: of the dream, in
-    steps; ``looks`` and ``verdict``: of the sequential test, if there was one.
+    steps; ``looks`` and ``verdict``: of the sequential test, if there was one;
+    ``folder``: where it is written.
     """
 
     world: str
@@ -64,6 +66,7 @@ class Evaluation:
     looks: tuple[int, ...] = ()
     verdict: Verdict | None = None
     about: Mapping[str, Any] = field(default_factory=results.about)
+    folder: Path | None = None
 
     @property
     def names(self) -> list[str]:

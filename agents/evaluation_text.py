@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from worldgym.agents.compare import aligned
@@ -39,11 +41,11 @@ def _values(found: Evaluation) -> str:
         for place in places:
             s = found.summaries[name, place]
             cut = found.played[name][place].cut
-            line += [f"{number(s.mean)} ± {number(s.sd)}", _interval(s.ci95 if s.n > 1 else None),
+            line += [f"{number(s.mean)} ± {number(s.sd)}", interval(s.ci95 if s.n > 1 else None),
                      str(s.n), "all" if cut == s.n else str(cut)]
         if found.real:
             gap = found.optimism[name]
-            line += [number(gap.mean, "+"), _interval(gap.ci95 if gap.n > 1 else None, "+")]
+            line += [number(gap.mean, "+"), interval(gap.ci95 if gap.n > 1 else None, "+")]
         lines.append(line)
     return aligned(lines)
 
@@ -51,7 +53,7 @@ def _values(found: Evaluation) -> str:
 def _neighbours(found: Evaluation) -> str:
     def line(pair: Pair) -> list[str]:
         return [f"{pair.first} - {pair.second}", number(pair.difference, "+"),
-                _interval(pair.ci95, "+"), str(pair.needed or "-"),
+                interval(pair.ci95, "+"), str(pair.needed or "-"),
                 str(pair.needed_unpaired or "-")]
 
     head = ["pair", "difference", "95% interval", "paired", "unpaired"]
@@ -60,14 +62,14 @@ def _neighbours(found: Evaluation) -> str:
     if ratio is None:
         return table
     return table + (f"\nPaired over unpaired episodes: {ratio.value:.2f} "
-                    f"({_interval(ratio.ci95)})")
+                    f"({interval(ratio.ci95)})")
 
 
 def _agreement(found: Evaluation) -> str:
     lines = []
     for key, figure in (found.agreement or {}).items():
         value = ["undefined", ""] if figure is None else [
-            number(figure.value), _interval(figure.ci95)]
+            number(figure.value), interval(figure.ci95)]
         lines.append([TITLES[key], *value])
     return "Dream against real game:\n" + aligned(lines)
 
@@ -76,8 +78,8 @@ def _drift(found: Evaluation) -> str:
     lines = [["step", "dream", "95% interval", "real", "95% interval", "dream / real"]]
     for at in found.drift or []:
         share = f"{at['dream'] / at['real']:.2f}" if at["real"] else "-"
-        lines.append([str(at["step"]), number(at["dream"]), _interval(at["dream_ci95"]),
-                      number(at["real"]), _interval(at["real_ci95"]), share])
+        lines.append([str(at["step"]), number(at["dream"]), interval(at["dream_ci95"]),
+                      number(at["real"]), interval(at["real_ci95"]), share])
     return aligned(lines)
 
 
@@ -91,5 +93,10 @@ def number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}"
 
 
-def _interval(ci95: tuple[float, float] | None, sign: str = "") -> str:
+def interval(ci95: Sequence[float] | None, sign: str = "") -> str:
+    """A 95 % interval in words.
+
+    >>> interval((1, 20)), interval(None)
+    ('1.00 to 20.0', 'unknown')
+    """
     return "unknown" if ci95 is None else f"{number(ci95[0], sign)} to {number(ci95[1], sign)}"

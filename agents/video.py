@@ -24,11 +24,11 @@ SCALE = 4
 
 @dataclass(frozen=True, slots=True)
 class Reel:
-    """Frames (T, H, W, 3) uint8, the action that led to each (row 0: none), and the return."""
+    """Frames (T, H, W, 3) uint8; the action that led to each, and what it paid (row 0: none)."""
 
     frames: np.ndarray
     actions: np.ndarray
-    reward: float
+    rewards: np.ndarray
     ended: bool
 
 
@@ -37,36 +37,37 @@ def real_reel(make_game: Callable[[], Any], policy: Policy, seed: int, steps: in
     game = make_game()
     try:
         policy.reset(1, seed)
-        frames, actions, total, ended = [game.reset(seed=seed)[0]], [], 0.0, False
+        frames, actions, rewards, ended = [game.reset(seed=seed)[0]], [], [0.0], False
         for t in range(steps):
             action = policy.act(frames[-1][None], t)[0]
             frame, reward, ended, cut, _ = game.step(action.item() if action.ndim == 0 else action)
             frames.append(frame)
             actions.append(action)
-            total += float(reward)
+            rewards.append(float(reward))
             if ended or cut:
                 break
         if ended:
             frames[-1] = frames[-2]
     finally:
         game.close()
-    return Reel(np.stack(frames), np.stack([np.zeros_like(actions[0]), *actions]), total, ended)
+    return Reel(np.stack(frames), np.stack([np.zeros_like(actions[0]), *actions]),
+                np.array(rewards), ended)
 
 
 def dream_after(world: Any, real: Reel, context: int, seed: int = 0) -> Reel:
     """What the world dreams after the first ``context`` real frames, given the real actions."""
     count = min(context, len(real.frames) - 1, int(world.spec.context_frames))
     state = world.begin(first_frames(world, real, count), [seed])
-    frames, total = list(real.frames[:count]), 0.0
+    frames, rewards = list(real.frames[:count]), [0.0] * count
     ended = False
     for action in real.actions[count:]:
         state, chunk = world.step(state, action[None])
         frames.append(as_numpy(chunk.frames())[0, -1])
-        total += float(chunk.reward_B[0])
+        rewards.append(float(chunk.reward_B[0]))
         ended = bool(chunk.terminated_B[0])
         if ended:
             break
-    return Reel(np.stack(frames), real.actions[: len(frames)], total, ended)
+    return Reel(np.stack(frames), real.actions[: len(frames)], np.array(rewards), ended)
 
 
 def first_frames(world: Any, real: Reel, count: int) -> Any:
@@ -87,7 +88,7 @@ def dream_reel(task: Any, policy: Policy, seed: int, steps: int) -> Reel:
     policy.reset(1, seed)
     frames = [as_numpy(world.decode(state.latents_BCHW))[0]]
     actions: list[np.ndarray] = []
-    total, ended = 0.0, False
+    rewards, ended = [0.0], False
     for t in range(steps):
         if getattr(policy, "observes", "frame") == "latent":
             action = policy.act_latents(as_numpy(state.latents_BCHW), t)  # type: ignore[attr-defined]
@@ -96,11 +97,12 @@ def dream_reel(task: Any, policy: Policy, seed: int, steps: int) -> Reel:
         state, chunk = world.step(state, action)
         frames.append(as_numpy(chunk.frames())[0, -1])
         actions.append(np.asarray(action)[0])
-        total += float(chunk.reward_B[0])
+        rewards.append(float(chunk.reward_B[0]))
         ended = bool(chunk.terminated_B[0])
         if ended:
             break
-    return Reel(np.stack(frames), np.stack([np.zeros_like(actions[0]), *actions]), total, ended)
+    return Reel(np.stack(frames), np.stack([np.zeros_like(actions[0]), *actions]),
+                np.array(rewards), ended)
 
 
 def side_by_side(task: Any, make_game: Callable[[], Any], policy: Policy, path: str | Path, *,
