@@ -272,23 +272,20 @@ def recompute_step(world: Any, window: Any, action: np.ndarray, keys_B4: np.ndar
 
     from worldgym.models.dynamics import before
     from worldgym.models.wan import causal_frame_mask, masked
-    from worldgym.noise import normal
     from worldgym.rollout import Block, WholeWindow, few_step
 
     spec, network = world.spec, world.dynamics
-    (b, k), shape = window.latents_BKChw.shape[:2], spec.latent_chw
+    b, k = window.latents_BKChw.shape[:2]
     past = window.latents_BKChw.transpose(1, 2)
 
     def noise(number: int) -> Any:
-        return world.temperature * normal(keys_B4, number, shape, world.device)[:, :, None]
-
-    def encode(actions: np.ndarray) -> Any:
-        return torch.from_numpy(spec.action.encode(actions, None)).to(world.device)
+        return world.noise(keys_B4, number)
 
     with torch.no_grad():
         flat = np.concatenate([window.actions, action[:, None]], 1).reshape(
             b * (k + 1), *spec.action.shape)
-        cond = network.condition(encode(flat)).unflatten(0, (b, k + 1))
+        features = torch.from_numpy(spec.action.encode(flat, None)).to(world.device)
+        cond = network.condition(features).unflatten(0, (b, k + 1))
         recent = before(torch.nn.functional.pad(past, (0, 0, 0, 0, 0, 1)), network.cfg.recent)
         index = np.broadcast_to(np.arange(k + 1), (b, k + 1)).copy()
         mask = causal_frame_mask(torch.arange(k + 1), k + 1)

@@ -18,7 +18,7 @@ from worldgym.envs.tasks import load_task
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 SHIPPED = {"worldgym/TakeCover-v0": PRETRAINED / "take_cover.zip"}
-HAZARD, HORIZON = 20.0, 100  # as the shipped agent was trained; scores leave both out
+HAZARD, HORIZON = 20.0, 100  # as in the shipped agent's last training; scores leave both out
 STEPS = 600_000  # more than six minutes allow; the learning rate does not depend on it
 
 
@@ -96,7 +96,8 @@ def plot_curve(trained: Trained, path: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     axes.plot([p["steps"] for p in trained.curve], [p["return"] for p in trained.curve])
     axes.set_xlabel("dream steps")
-    axes.set_ylabel("return in the dream (mean of recent episodes)")
+    axes.set_ylabel(f"reward in training (dreams cut at {HORIZON} steps,\ndanger taken off; "
+                    "mean of recent ones)")
     axes.set_title("Learning inside the learned world (the real game tells the truth)")
     axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from worldgym.agents import reliability, response
+from worldgym.agents.compare import aligned
 from worldgym.agents.replays import (
     Clips,
     Replayed,
@@ -76,9 +77,7 @@ class Diagnosis:
         for row in self.figures:
             between = "" if row.ci95 is None else "{:.3g} to {:.3g}".format(*row.ci95)
             lines.append([row.metric, f"{row.value:.4g} {row.unit}".strip(), between, str(row.n)])
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip()
-                         for line in lines)
+        return aligned(lines)
 
 
 def diagnose(task: Any, episodes: Any, ids: Sequence[int] | np.ndarray | None = None, *,

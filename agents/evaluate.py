@@ -198,7 +198,7 @@ def _cast(policies: Sequence[str] | Mapping[str, str | Policy], task: Any,
     cast: dict[str, _Actor] = {}
     for name, source in policies.items():
         if isinstance(source, str):
-            policy, text = parse_policy(source, spec.action, task.world), source
+            policy, text = parse_policy(source, spec.action, task.world, task), source
         else:
             policy, text = source, f"{type(source).__module__}.{type(source).__qualname__}"
         if any(policy is actor.policy for actor in cast.values()):

@@ -148,7 +148,7 @@ def _player(task: Any, name: str, settings: Mapping[str, Any]) -> Policy:
         raise CheckpointError("not the policy that was evaluated", given=f"{name}, {source}",
                               expected=f"a file of hash {hash_}" if hash_ else "settings with it",
                               fix="evaluate again, or restore the file")
-    player = parse_policy(source, task.world.spec.action, task.world)
+    player = parse_policy(source, task.world.spec.action, task.world, task)
     if settings["draw"] and hasattr(player, "deterministic"):
         player.deterministic = False
     return player
@@ -163,11 +163,11 @@ def _policies(data: Mapping[str, Any]) -> list[str]:
 
 def _take(task: Any, player: Policy, name: str, number: int,
           settings: Mapping[str, Any]) -> _Take:
-    seed, spec = int(settings["seed"]) + number, task.world.spec
+    seed = int(settings["seed"]) + number
     whole = video.real_reel(game_maker(task), _Episode(player, number, settings), seed, LONGEST)
     keep = max(2, int(SECONDS * _rate(task)))
     real = Reel(whole.frames[-keep:], whole.actions[-keep:], whole.rewards[-keep:], whole.ended)
-    count = min(context_of(task.world), int(spec.context_frames), len(real.frames) - 1)
+    count = min(context_of(task.world), len(real.frames) - 1)
     dream = video.dream_after(task.world, real, count, seed)
     return _Take(name, number, seed, count, real, dream)
 

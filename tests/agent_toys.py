@@ -1,5 +1,8 @@
 """Tiny stand-ins for agent tests: a random-weight world, its start bank, and a real game."""
 
+import json
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 
@@ -19,6 +22,20 @@ def tiny_folder(folder):
     nano.save(nano.fresh(cfg), folder, {"task": {"horizon": 12, "twin": "Corridor-v0"}})
     bank(nano.load(folder)).save(folder / "starts.safetensors")
     return folder
+
+
+def numbers(out):
+    """What an evaluation wrote, without when and where."""
+    data = json.loads((Path(out) / "evaluation.json").read_text())
+    data.pop("about")
+    return data
+
+
+def policy_file(path, body="return Random(action)"):
+    """A Python file with a policy; its name as the commands read it."""
+    path.write_text("from worldgym.agents.scripted import Random\n"
+                    f"def make(action):\n    {body}\n")
+    return f"{path}:make"
 
 
 def bank(world):

@@ -2,7 +2,6 @@
 
 import json
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,18 +29,6 @@ def folder(tmp_path_factory):
 def found(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     return evaluate(folder, CAST, episodes=12, real=True, out=out, slots=20, progress=False), out
-
-
-def numbers(out):
-    data = json.loads((Path(out) / "evaluation.json").read_text())
-    data.pop("about")
-    return data
-
-
-def policy_file(path, body="return Random(action)"):
-    path.write_text("from worldgym.agents.scripted import Random\n"
-                    f"def make(action):\n    {body}\n")
-    return f"{path}:make"
 
 
 def test_one_batch_gives_what_each_policy_gives_alone(found, folder):
@@ -75,7 +62,7 @@ def test_equal_policies_meet_equal_luck_and_every_step_is_kept():
 
 def test_json_has_the_agreed_form(found):
     result, out = found
-    data = numbers(out)
+    data = toys.numbers(out)
     assert data["episodes"] == 12 and data["world"] == result.world
     assert [p["name"] for p in data["policies"]] == ["random", "lazy", "sticky:0.5", "sweep:5"]
     assert data["policies"][1]["source"] == "noop"
@@ -135,13 +122,13 @@ def test_until_separated_stops_early_only_for_different_policies(tmp_path):
     pair = apart.pairs[0]
     assert pair.separated and apart.verdict.episodes < 60
     assert pair.ci95[0] * pair.ci95[1] > 0
-    assert numbers(tmp_path / "apart")["sequential"]["stopped_at"] == apart.episodes
+    assert toys.numbers(tmp_path / "apart")["sequential"]["stopped_at"] == apart.episodes
     assert "told apart" in text(apart) and "Stopped early" in text(apart)
 
 
 def test_one_episode_has_no_interval(folder, tmp_path):
     found = evaluate(folder, CAST, episodes=1, real=True, out=tmp_path, progress=False)
-    data = numbers(tmp_path)
+    data = toys.numbers(tmp_path)
     assert all(p["dream"]["ci95"] is None for p in data["policies"])
     assert all(p["ci95"] is None and p["episodes_needed"] is None for p in data["pairs"])
     said = text(found)
@@ -155,7 +142,7 @@ def test_equal_values_are_undefined_and_have_no_row(tmp_path):
                      progress=False)
     said = text(found)
     assert "undefined" in said and "nan" not in said.lower() and "every episode was cut" in said
-    data = numbers(tmp_path)
+    data = toys.numbers(tmp_path)
     assert data["agreement"]["pearson_r"] is None and data["paired_episode_ratio"] is None
     assert all(p["dream"]["truncated"] == 4 for p in data["policies"])
     metrics = {r["metric"] for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
@@ -222,8 +209,8 @@ def test_an_agent_of_another_action_space_is_refused(folder, tmp_path):
 ])
 def test_a_policy_file_that_makes_no_policy_is_named(tmp_path, body):
     with pytest.raises(ConfigError, match="Fix:"):
-        parse_policy(policy_file(tmp_path / "bad.py", body), THREE)
-    assert parse_policy(policy_file(tmp_path / "good.py"), THREE).name == "random"
+        parse_policy(toys.policy_file(tmp_path / "bad.py", body), THREE)
+    assert parse_policy(toys.policy_file(tmp_path / "good.py"), THREE).name == "random"
     for text_ in ("def make(:\n", "import no_such_module\n", "raise SystemExit(3)\n"):
         (tmp_path / "broken.py").write_text(text_)
         with pytest.raises(ConfigError, match="imported"):
@@ -261,6 +248,6 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert cli.main(argv) == 0
     assert len(list((tmp_path / "runs").iterdir())) == 1
     assert "mine" in said and "sweep:20" in said
-    assert len(numbers(out)["policies"]) >= 10
+    assert len(toys.numbers(out)["policies"]) >= 10
     assert cli.main(["evaluate", "--world", str(folder)]) == 2
     assert "no policies" in capsys.readouterr().err

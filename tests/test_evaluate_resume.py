@@ -1,6 +1,5 @@
 """worldgym evaluate goes on where it was killed, and refuses what is not its own."""
 
-import json
 import os
 import signal
 import subprocess
@@ -22,18 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return toys.tiny_folder(tmp_path_factory.mktemp("tiny") / "world")
-
-
-def numbers(out):
-    data = json.loads((Path(out) / "evaluation.json").read_text())
-    data.pop("about")
-    return data
-
-
-def policy_file(path, body="return Random(action)"):
-    path.write_text("from worldgym.agents.scripted import Random\n"
-                    f"def make(action):\n    {body}\n")
-    return f"{path}:make"
 
 
 RESUMED = """
@@ -79,7 +66,7 @@ def test_killed_and_begun_again_it_ends_with_the_same_numbers(folder, tmp_path, 
     monkeypatch.setenv("HANG", str(flag))
     for out in ("killed", "whole"):
         assert cli.main([*argv[3:], "--out", str(tmp_path / out)]) == 0
-    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert toys.numbers(tmp_path / "killed") == toys.numbers(tmp_path / "whole")
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in before.items())  # not played again
     assert not [p for p in blocks.iterdir() if p.name.startswith(".")]
 
@@ -88,7 +75,7 @@ def test_real_may_be_added_later_and_done_is_done(folder, tmp_path, monkeypatch)
     from worldgym.agents import evaluate as module
 
     dream = evaluate(folder, ["random", "noop"], episodes=5, out=tmp_path, progress=False)
-    assert numbers(tmp_path)["agreement"] is None and numbers(tmp_path)["drift"] is None
+    assert toys.numbers(tmp_path)["agreement"] is None and toys.numbers(tmp_path)["drift"] is None
 
     def refuse(*_):
         raise AssertionError("played again")
@@ -114,10 +101,10 @@ def test_a_folder_of_other_settings_is_refused(folder, tmp_path, change):
 
 
 def test_a_policy_file_that_changed_is_other_settings(folder, tmp_path):
-    name = policy_file(tmp_path / "mine.py")
+    name = toys.policy_file(tmp_path / "mine.py")
     given = {"episodes": 2, "out": tmp_path / "out", "progress": False}
     evaluate(folder, [name], **given)
-    policy_file(tmp_path / "mine.py", "return Random(action)  # better now")
+    toys.policy_file(tmp_path / "mine.py", "return Random(action)  # better now")
     with pytest.raises(ConfigError, match="other settings"):
         evaluate(folder, [name], **given)
 
@@ -125,11 +112,11 @@ def test_a_policy_file_that_changed_is_other_settings(folder, tmp_path):
 def test_a_broken_block_is_named(folder, tmp_path):
     given = {"policies": ["random"], "episodes": 3, "out": tmp_path, "progress": False}
     evaluate(folder, **given)
-    whole, (block,) = numbers(tmp_path), (tmp_path / "blocks").iterdir()
+    whole, (block,) = toys.numbers(tmp_path), (tmp_path / "blocks").iterdir()
     for junk in (b"", block.read_bytes()[:60]):
         block.write_bytes(junk)
         with pytest.raises(DatasetError, match="plays it again"):
             evaluate(folder, **given)
     block.unlink()
     evaluate(folder, **given)
-    assert numbers(tmp_path) == whole
+    assert toys.numbers(tmp_path) == whole

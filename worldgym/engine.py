@@ -216,28 +216,29 @@ class World:
     def _generate(self, state: WorldState, action_BA: Tensor,
                   keys: np.ndarray) -> tuple[Tensor, Tables]:
         """Latents (B, C, h, w) of the next frame, and the tables with the current one committed."""
-        shape = self.spec.latent_chw
-
-        def noise(number: int) -> Tensor:
-            return self.temperature * normal(keys, number, shape, self.device)[:, :, None]
-
         pending, cond = self._condition(state.pending_BA[:, None]), self._condition(
             action_BA[:, None])
         recent = self._recent(state)
         last = Block(state.index_B[:, None])
         new = Block(state.index_B[:, None] + 1,
                     {"cond_BFD": cond, "recent_BRFhw": recent[:, :, 1:]})
-        x = noise(0)
+        x = self.noise(keys, 0)
         tables, flow, attend = self.stepper.commit_and_flow(
             state.tables, state.latents_BCHW[:, :, None], self.context_t, last,
             x, self.schedule.timesteps[0], new,
             {"cond_BFD": torch.cat([pending, cond], 1), "recent_BRFhw": recent})
         try:
-            x0 = few_step(self.stepper, x, self.schedule, noise, attend, new, flow)
+            x0 = few_step(self.stepper, x, self.schedule, lambda i: self.noise(keys, i), attend,
+                          new, flow)
         except BaseException:
             self.pool.decref(_unowned(tables, state.tables))
             raise
         return x0[:, :, 0], tables
+
+    def noise(self, keys_B4: np.ndarray, number: int) -> Tensor:
+        """The sampler's noise (B, C, 1, h, w) of pass ``number`` for slots with these keys."""
+        noise = normal(keys_B4, number, self.spec.latent_chw, self.device)
+        return self.temperature * noise[:, :, None]
 
     def _recent(self, state: WorldState) -> Tensor:
         """The frames before the current and before the next frame, (B, R, 2, h, w)."""
