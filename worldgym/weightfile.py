@@ -58,6 +58,30 @@ class Entry:
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
+class Mapped:
+    """Tensors of a memory-mapped file, mapped anew now and then.
+
+    Pages read long ago would else count as memory until the file is closed; so a file that is
+    converted or copied to another device costs 1/32 of its size at a time. Tensors that are used
+    as they are keep their own mapping.
+    """
+
+    def __init__(self, open_: Callable[[], Callable[[str], Tensor]], size: int) -> None:
+        self._open, self._get = open_, open_()
+        self._most, self._read = min(max(size // 32, 1 << 20), 1 << 28), 0
+
+    def reader(self, name: str) -> Callable[[], Tensor]:
+        """What :class:`Entry` calls to read one tensor."""
+        return lambda: self._tensor(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        if self._read > self._most:
+            self._get, self._read = self._open(), 0
+        tensor = self._get(name)
+        self._read += tensor.numel() * tensor.element_size()
+        return tensor
+
+
 @dataclass(frozen=True)
 class WeightFile:
     """An opened set of weights.
@@ -105,6 +129,11 @@ def open_weights(
         entries, metadata = _safetensors(path)
         return WeightFile(path, "safetensors", (path,), entries, metadata)
     return _open_torch(path, part, safe_globals)
+
+
+def as_file(source: str | Path | WeightFile, **options: Any) -> WeightFile:
+    """``source`` itself if it is open already, else :func:`open_weights` of it."""
+    return source if isinstance(source, WeightFile) else open_weights(source, **options)
 
 
 def _pick(path: Path) -> Path:
@@ -161,6 +190,9 @@ def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
             expected="a whole safetensors file",
             fix="copy or download it again; the copy may have been cut off",
         ) from error
+    del handle
+    mapped = Mapped(lambda: safe_open(str(path), framework="pt", device="cpu").get_tensor,
+                    path.stat().st_size)
     entries = {}
     for name, part in slices.items():
         dtype = DTYPES.get(part.get_dtype())
@@ -171,8 +203,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
                 expected=f"one of {sorted(DTYPES)}",
                 fix="save the weights again as float32, float16 or bfloat16",
             )
-        read = _reader(handle, name)
-        entries[name] = Entry(tuple(part.get_shape()), dtype, read)
+        entries[name] = Entry(tuple(part.get_shape()), dtype, mapped.reader(name))
     if META_KEY in metadata:
         try:
             metadata[META_KEY] = json.loads(metadata[META_KEY])
@@ -184,10 +215,6 @@ def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
                 fix="save the checkpoint again with worldgym.checkpoint.save",
             ) from error
     return entries, metadata
-
-
-def _reader(handle: Any, name: str) -> Callable[[], Tensor]:
-    return lambda: handle.get_tensor(name)
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -246,12 +273,15 @@ def _open_shards(path: Path) -> WeightFile:
 
 def _open_torch(path: Path, part: str | None, safe_globals: Sequence[Any]) -> WeightFile:
     """Open a torch file without running anything in it, and find the network inside."""
-    try:
+    zipped = zipfile.is_zipfile(path)
+
+    def load() -> Any:
         with torch.serialization.safe_globals(list(safe_globals)):
             # mmap: only tensors that are used are read; needs the zip format (torch >= 1.6)
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+    try:
+        loaded = load()
     except Exception as error:  # torch raises many types here; each becomes one of ours
         text = " ".join(str(error).split()).partition("WeightsUnpickler error:")
         foreign = _foreign_names(path)
@@ -271,6 +301,11 @@ def _open_torch(path: Path, part: str | None, safe_globals: Sequence[Any]) -> We
         ) from error
     tensors, taken, parts = unwrap(loaded, part, path)
     entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}
+    if zipped:
+        del loaded, tensors
+        mapped = Mapped(lambda: unwrap(load(), taken or None, path)[0].__getitem__,
+                        path.stat().st_size)
+        entries = {n: Entry(e.shape, e.dtype, mapped.reader(n)) for n, e in entries.items()}
     return WeightFile(path, "torch", (path,), entries, {}, taken, parts)
 
 
