@@ -72,10 +72,10 @@ def load_into(
                 fix="pass the inner state dict, e.g. loaded['generator']",
             )
         entries: Mapping[str, Entry] = {k: Entry.of(t) for k, t in source.items()}
-        label = "the given state dict"
+        label, maps = "the given state dict", ()
     else:
         file = as_file(source, part=part, safe_globals=safe_globals)
-        entries, label = file.entries, str(file.path)
+        entries, label, maps = file.entries, str(file.path), file.maps
     if rename is not None:
         named = {n: rename(plain) for n, plain in plain_names(list(entries)).items()}
         _refuse_twins(named, label)
@@ -84,6 +84,7 @@ def load_into(
     _check_fit(entries, target, label)
 
     fresh: dict[str, Tensor] = {}
+    copied, total = 0, sum(torch.Size(e.shape).numel() for e in entries.values())
     for name, want in target.items():
         to_dtype = dtype if dtype is not None and want.is_floating_point() else want.dtype
         to_device = device if device is not None else ("cpu" if want.is_meta else want.device)
@@ -91,6 +92,13 @@ def load_into(
         fresh[name] = raw.to(device=to_device, dtype=to_dtype)
         if check_finite:
             _check_finite(name, raw, fresh[name], label)
+        if fresh[name] is not raw:
+            copied += raw.numel()
+            if copied > total / 32:  # what was read is in memory twice until it is let go
+                copied = 0
+                del raw
+                for mapped in maps:
+                    mapped.forget()
     same_place = all(
         fresh[n].device == t.device and fresh[n].dtype == t.dtype for n, t in target.items()
     )
@@ -217,7 +225,7 @@ def _some(items: Sequence[str], most: int = 4) -> str:
 
 def _all_finite(tensor: Tensor) -> bool:
     """In pieces: the test needs room of its own, and the largest tensors are gigabytes."""
-    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(1 << 22))
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(1 << 20))
 
 
 def _check_finite(name: str, raw: Tensor, new: Tensor, label: str) -> None:

@@ -59,27 +59,22 @@ class Entry:
 
 
 class Mapped:
-    """Tensors of a memory-mapped file, mapped anew now and then.
+    """Tensors of a memory-mapped file, which can be mapped anew.
 
-    Pages read long ago would else count as memory until the file is closed; so a file that is
-    converted or copied to another device costs 1/32 of its size at a time. Tensors that are used
-    as they are keep their own mapping.
+    Pages count as memory once they were read, until the mapping goes; who copies tensors to
+    another dtype or device calls ``forget`` now and then.
     """
 
-    def __init__(self, open_: Callable[[], Callable[[str], Tensor]], size: int) -> None:
+    def __init__(self, open_: Callable[[], Callable[[str], Tensor]]) -> None:
         self._open, self._get = open_, open_()
-        self._most, self._read = min(max(size // 32, 1 << 20), 1 << 28), 0
 
     def reader(self, name: str) -> Callable[[], Tensor]:
         """What :class:`Entry` calls to read one tensor."""
-        return lambda: self._tensor(name)
+        return lambda: self._get(name)
 
-    def _tensor(self, name: str) -> Tensor:
-        if self._read > self._most:
-            self._get, self._read = self._open(), 0
-        tensor = self._get(name)
-        self._read += tensor.numel() * tensor.element_size()
-        return tensor
+    def forget(self) -> None:
+        """Let go of the pages read so far; tensors in use keep theirs."""
+        self._get = self._open()
 
 
 @dataclass(frozen=True)
@@ -94,6 +89,7 @@ class WeightFile:
         metadata: the file's own metadata; ours is parsed JSON.
         part: which part of a training checkpoint was taken ("" if there are no parts).
         parts: all parts the checkpoint has.
+        maps: the memory maps behind the entries.
     """
 
     path: Path
@@ -103,6 +99,7 @@ class WeightFile:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     part: str = ""
     parts: tuple[str, ...] = ()
+    maps: tuple[Mapped, ...] = ()
 
 
 def open_weights(
@@ -126,8 +123,8 @@ def open_weights(
     if path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
     if path.suffix == ".safetensors":
-        entries, metadata = _safetensors(path)
-        return WeightFile(path, "safetensors", (path,), entries, metadata)
+        entries, metadata, mapped = _safetensors(path)
+        return WeightFile(path, "safetensors", (path,), entries, metadata, maps=(mapped,))
     return _open_torch(path, part, safe_globals)
 
 
@@ -176,8 +173,8 @@ def _is_weights(path: Path) -> bool:
     return path.suffix in (".safetensors", *TORCH_SUFFIXES) or path.name.endswith(INDEX_SUFFIX)
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Entries and metadata of one safetensors file."""
+def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any], Mapped]:
+    """Entries, metadata and memory map of one safetensors file."""
     try:
         handle = safe_open(str(path), framework="pt", device="cpu")
         names = list(handle.keys())
@@ -191,8 +188,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
             fix="copy or download it again; the copy may have been cut off",
         ) from error
     del handle
-    mapped = Mapped(lambda: safe_open(str(path), framework="pt", device="cpu").get_tensor,
-                    path.stat().st_size)
+    mapped = Mapped(lambda: safe_open(str(path), framework="pt", device="cpu").get_tensor)
     entries = {}
     for name, part in slices.items():
         dtype = DTYPES.get(part.get_dtype())
@@ -214,7 +210,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
                 expected=f"JSON under the key {META_KEY!r}",
                 fix="save the checkpoint again with worldgym.checkpoint.save",
             ) from error
-    return entries, metadata
+    return entries, metadata, mapped
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -256,8 +252,10 @@ def _open_shards(path: Path) -> WeightFile:
             fix="download the missing shards into the same folder",
         )
     entries: dict[str, Entry] = {}
+    maps: list[Mapped] = []
     for file in files:
-        inside, _ = _safetensors(file)
+        inside, _, mapped = _safetensors(file)
+        maps.append(mapped)
         listed = {name for name, shard in weight_map.items() if shard == file.name}
         if set(inside) != listed:
             odd = sorted(set(inside) ^ listed)
@@ -268,7 +266,7 @@ def _open_shards(path: Path) -> WeightFile:
                 fix="download index and shards again from one revision",
             )
         entries.update(inside)
-    return WeightFile(path, "sharded safetensors", files, entries)
+    return WeightFile(path, "sharded safetensors", files, entries, maps=tuple(maps))
 
 
 def _open_torch(path: Path, part: str | None, safe_globals: Sequence[Any]) -> WeightFile:
@@ -301,12 +299,12 @@ def _open_torch(path: Path, part: str | None, safe_globals: Sequence[Any]) -> We
         ) from error
     tensors, taken, parts = unwrap(loaded, part, path)
     entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}
+    maps: tuple[Mapped, ...] = ()
     if zipped:
         del loaded, tensors
-        mapped = Mapped(lambda: unwrap(load(), taken or None, path)[0].__getitem__,
-                        path.stat().st_size)
-        entries = {n: Entry(e.shape, e.dtype, mapped.reader(n)) for n, e in entries.items()}
-    return WeightFile(path, "torch", (path,), entries, {}, taken, parts)
+        maps = (Mapped(lambda: unwrap(load(), taken or None, path)[0].__getitem__),)
+        entries = {n: Entry(e.shape, e.dtype, maps[0].reader(n)) for n, e in entries.items()}
+    return WeightFile(path, "torch", (path,), entries, {}, taken, parts, maps)
 
 
 def _foreign_names(path: Path) -> list[str]:
