@@ -44,7 +44,8 @@ def network_tensors(config=CONFIG, seed=0):
     return random_like({k: v.shape for k, v in net.state_dict().items()}, seed)
 
 
-def t5_tensors(dim=16, heads=2, layers=2, vocab=128, inner=16, ffn=24, seed=1):
+def t5_shapes(dim=16, heads=2, layers=2, vocab=128, inner=16, ffn=24):
+    """Section 8's list of names."""
     shapes = {"token_embedding.weight": (vocab, dim), "norm.weight": (dim,)}
     for i in range(layers):
         b = f"blocks.{i}."
@@ -53,7 +54,11 @@ def t5_tensors(dim=16, heads=2, layers=2, vocab=128, inner=16, ffn=24, seed=1):
         shapes |= {b + "attn.o.weight": (dim, inner), b + "ffn.gate.0.weight": (ffn, dim),
                    b + "ffn.fc1.weight": (ffn, dim), b + "ffn.fc2.weight": (dim, ffn),
                    b + "pos_embedding.embedding.weight": (32, heads)}
-    return random_like(shapes, seed, 0.3)
+    return shapes
+
+
+def t5_tensors(dim=16, seed=1, **sizes):
+    return random_like(t5_shapes(dim, **sizes), seed, 0.3)
 
 
 def native_vae_names(sizes=VAE_SIZES):

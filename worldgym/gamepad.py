@@ -95,6 +95,9 @@ def read_parquet(path: str | Path) -> Gamepad:
     except (pyarrow.ArrowException, OSError) as error:
         raise DatasetError("not a whole parquet file", given=f"{path} ({error})",
                            expected="one row per raw frame", fix="copy it again") from error
+    if not len(table):
+        raise ActionError("no action row", given=path, expected="one row per raw frame",
+                          fix="record at least one frame")
     buttons = np.stack([_column(table, name, 1, path)[:, 0] for name in BUTTONS], 1)
     sticks = np.concatenate([_column(table, name, 2, path) for name in STICKS], 1)
     return Gamepad(buttons, sticks)
@@ -107,8 +110,8 @@ def _column(table: Any, name: str, width: int, path: Path) -> np.ndarray:
         raise DatasetError("action column is not numeric", given=f"{path.name}: {name} ({error})",
                            expected="numbers, or lists of 2 numbers for a stick",
                            fix="record it again") from error
-    if len(table) and rows.shape[1] != width or not np.isfinite(rows).all():
+    if rows.shape[1] != width or not np.isfinite(rows).all():
         raise DatasetError("action column has holes or the wrong width",
                            given=f"{path.name}: {name} with {rows.shape[1]} values a row",
                            expected=f"{width} finite values in every row", fix="record it again")
-    return rows.reshape(len(table), width).astype(np.float32)
+    return rows.astype(np.float32)

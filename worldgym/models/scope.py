@@ -56,13 +56,13 @@ class ScopeConfig:
                 "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
                 "out_dim": shapes["head.head.weight"][0] // (patch[0] * patch[1] * patch[2]),
                 "num_layers": len(blocks)}
-            action = _action_of(shapes, dim, hints) if any("action_attn" in n for n in shapes
-                                                           ) else None
         except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
             raise CheckpointError(
                 "not the tensors of a Wan network", given=f"{len(shapes)} tensors ({error!r})",
                 expected="patch_embedding, text_embedding, time_embedding, blocks.*, head",
                 fix="give the folder or file of the network's own weights") from error
+        with_actions = any(".action_attn." in name for name in shapes)
+        action = _action_of(shapes, dim, hints) if with_actions else None
         heads = hints.get("num_heads")
         if heads is None:
             if dim % HEAD_WIDTH:
