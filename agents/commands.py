@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from worldgym.agents.commands_clip import Clip
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
 from worldgym.agents.commands_report import Report
@@ -359,7 +360,7 @@ class Iterate:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
     "inspect": Inspect, "demo": Demo, "iterate": Iterate, "evaluate": Evaluate,
-    "diagnose": Diagnose, "report": Report,
+    "diagnose": Diagnose, "report": Report, "clip": Clip,
 }
 
 

@@ -38,7 +38,10 @@ def close(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-def tiny(seed=0, action=ActionConfig(window=2), **changes):
+TWO = ActionConfig(window=2)
+
+
+def tiny(seed=0, action=TWO, **changes):
     net = ScopeDiT(ScopeConfig(wan=WanConfig(**{**TINY, **changes}), action=action))
     rng = torch.Generator().manual_seed(seed)
     for name, p in net.named_parameters():

@@ -256,7 +256,7 @@ def test_decoding_frame_by_frame_gives_the_bits_of_the_whole(vae):
     whole = vae.decode(z)
     assert whole.shape == (2, 3, 13, 32, 48)
     scaled = z * vae.std + vae.mean
-    published = vae.net.decode(scaled).sample  # its first 1 x 1 convolution takes all frames at once
+    published = vae.net.decode(scaled).sample  # its first convolution takes all frames at once
     torch.testing.assert_close(whole.clamp(-1, 1), published, atol=1e-4, rtol=0)
     state, pieces = None, []
     for part in (z[:, :, :1], z[:, :, 1:3], z[:, :, 3:]):
@@ -301,3 +301,23 @@ def test_encoding(vae):
         vae.decode(z[:, :47])
     with pytest.raises(ShapeError, match="statistics"):
         WanVAE(vae.net, [0.0], [1.0])
+
+
+GOLDEN = HERE.parents[1] / "shared" / "golden" / "scope"
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"{GOLDEN} is absent")
+def test_a_clip_is_the_published_one():
+    import golden
+    from golden_scope import denoise
+
+    base = GOLDEN / "denoise_tiny"
+    fixture = golden.Fixture(GOLDEN, base.name, json.loads(base.with_suffix(".json").read_text()),
+                             load_file(base.with_suffix(".safetensors")))
+    with torch.no_grad():
+        checks = {c.name: c for c in denoise(fixture)}
+    assert set(checks) == {n for n in fixture.tensors
+                           if n not in ("in.image", "in.mouse", "in.keyboard")}
+    for name, check in checks.items():
+        error = (check.got.double() - check.want.double()).abs().max()
+        assert error <= (1 if name == "out.frames_uint8" else 1e-4), name

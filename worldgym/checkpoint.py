@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from worldgym.errors import CheckpointError, ConfigError, DTypeError, NotFiniteError
-from worldgym.weightfile import META_KEY, Entry, WeightFile, as_file, open_weights
+from worldgym.weightfile import META_KEY, Entry, Mapped, WeightFile, as_file, open_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 # What FSDP, activation checkpointing and torch.compile put into names, anywhere.
@@ -61,6 +61,7 @@ def load_into(
         safe_globals: see :func:`worldgym.weightfile.open_weights`.
     """
     target = module.state_dict()
+    maps: tuple[Mapped, ...] = ()
     _refuse_unsaved_meta(module, target)
     if isinstance(source, Mapping):
         odd = [f"{k}: {type(v).__name__}" for k, v in source.items() if not isinstance(v, Tensor)]
@@ -72,7 +73,7 @@ def load_into(
                 fix="pass the inner state dict, e.g. loaded['generator']",
             )
         entries: Mapping[str, Entry] = {k: Entry.of(t) for k, t in source.items()}
-        label, maps = "the given state dict", ()
+        label = "the given state dict"
     else:
         file = as_file(source, part=part, safe_globals=safe_globals)
         entries, label, maps = file.entries, str(file.path), file.maps

@@ -242,6 +242,7 @@ def make_latents(dit: ScopeDiT, vae: Any, prompt: Prompt, size: ClipSize, *,
     negative = None
     if sampler.guidance != 1.0 and prompt.negative_BLD is not None:
         negative = dit.text(prompt.negative_BLD.to(weight))
-    rows = (None if r is None else r.to(device) for r in (mouse_BNJ, keyboard_BNK))
+    mouse_BNJ, keyboard_BNK = (None if r is None else r.to(device)
+                               for r in (mouse_BNJ, keyboard_BNK))
     return denoise(dit, draw_noise(shape, seed), text, negative, first_BC1hw=first,
-                   controls=dit.controls(*rows, frames), sampler=sampler, **options)
+                   controls=dit.controls(mouse_BNJ, keyboard_BNK, frames), sampler=sampler, **options)

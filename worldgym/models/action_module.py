@@ -9,6 +9,7 @@ kept once per frame: the same numbers, without the copies.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +150,7 @@ class ActionModule(nn.Module):
         frames = stick_BFD.shape[1]
         y = F.linear(x_BTD, self.mouse_mlp[0].weight[:, :x_BTD.shape[-1]])  # type: ignore
         y = (y.unflatten(1, (frames, -1)) + stick_BFD[:, :, None]).flatten(1, 2)
-        y = self.mouse_mlp[1:](y)
+        y = cast(nn.Sequential, self.mouse_mlp)[1:](y)
         q, (k, v) = self.mouse_attn.query(y), self.mouse_attn.key_value(y)
         q, k, v = (x.unflatten(1, (frames, -1)).transpose(1, 2).flatten(0, 1)
                    for x in (rotate(q, table), rotate(k, table), v))

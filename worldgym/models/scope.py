@@ -49,7 +49,7 @@ class ScopeConfig:
         try:
             dim, in_dim, *patch = shapes["patch_embedding.weight"]
             blocks = {int(n.split(".")[1]) for n in shapes if n.startswith("blocks.")}
-            seen = {
+            seen: dict[str, Any] = {
                 "dim": dim, "in_dim": in_dim, "patch_size": tuple(patch),
                 "text_dim": shapes["text_embedding.0.weight"][1],
                 "freq_dim": shapes["time_embedding.0.weight"][1],

@@ -10,7 +10,7 @@ host memory, because the text encoder is needed before the network and can be le
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,7 @@ def open_folder(path: str | Path, config: Mapping[str, Any] | None = None) -> Sc
         raise CheckpointError("not a SCOPE folder", given=f"{path} with {held}",
                               expected=f"{INDEX} and its shards with blocks.*.action_attn.*",
                               fix="give the folder the weights were downloaded to")
-    folder = ScopeFolder(path, *folder.parts, {**folder.hints, **(config or {})})
+    folder = replace(folder, hints={**folder.hints, **(config or {})})
     for part in folder.parts:
         part.need()
     if folder.missing:
