@@ -244,5 +244,6 @@ def make_latents(dit: ScopeDiT, vae: Any, prompt: Prompt, size: ClipSize, *,
         negative = dit.text(prompt.negative_BLD.to(weight))
     mouse_BNJ, keyboard_BNK = (None if r is None else r.to(device)
                                for r in (mouse_BNJ, keyboard_BNK))
+    controls = dit.controls(mouse_BNJ, keyboard_BNK, frames)
     return denoise(dit, draw_noise(shape, seed), text, negative, first_BC1hw=first,
-                   controls=dit.controls(mouse_BNJ, keyboard_BNK, frames), sampler=sampler, **options)
+                   controls=controls, sampler=sampler, **options)

@@ -7,7 +7,7 @@ positions. Here the window enters through its own columns of the first product a
 kept once per frame: the same numbers, without the copies.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -82,7 +82,7 @@ class Controls:
     keys: tuple[Tensor, Tensor] | None = None
 
 
-def _by_rows(layer: nn.Module, x_BFC: Tensor) -> Tensor:
+def _by_rows(layer: Callable[[Tensor], Tensor], x_BFC: Tensor) -> Tensor:
     """A product over few rows with bits that do not depend on how many there are (MIN_ROWS)."""
     rows = x_BFC.flatten(0, 1)
     rows = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - len(rows))))
@@ -124,9 +124,9 @@ class ActionModule(nn.Module):
         ratio, rows = self.action.ratio, self.action.rows
         if mouse_BNJ is not None:
             window = windows(mouse_BNJ, frames, ratio, rows)
-            first = self.mouse_mlp[0]
+            first = cast(nn.Linear, cast(nn.Sequential, self.mouse_mlp)[0])
             columns = first.weight[:, -window.shape[-1]:]
-            stick = _by_rows(lambda x: F.linear(x, columns, first.bias), window)  # type: ignore
+            stick = _by_rows(lambda x: F.linear(x, columns, first.bias), window)
         if keyboard_BNK is not None:
             embedded = _by_rows(self.keyboard_embed, keyboard_BNK)
             both = _by_rows(self.keyboard_kv_proj, windows(embedded, frames, ratio, rows))
@@ -148,9 +148,10 @@ class ActionModule(nn.Module):
     def _stick(self, x_BTD: Tensor, stick_BFD: Tensor, table: Table) -> Tensor:
         """Each position attends over its own F frames, past and future."""
         frames = stick_BFD.shape[1]
-        y = F.linear(x_BTD, self.mouse_mlp[0].weight[:, :x_BTD.shape[-1]])  # type: ignore
+        mlp = cast(nn.Sequential, self.mouse_mlp)
+        y = F.linear(x_BTD, cast(nn.Linear, mlp[0]).weight[:, :x_BTD.shape[-1]])
         y = (y.unflatten(1, (frames, -1)) + stick_BFD[:, :, None]).flatten(1, 2)
-        y = cast(nn.Sequential, self.mouse_mlp)[1:](y)
+        y = mlp[1:](y)
         q, (k, v) = self.mouse_attn.query(y), self.mouse_attn.key_value(y)
         q, k, v = (x.unflatten(1, (frames, -1)).transpose(1, 2).flatten(0, 1)
                    for x in (rotate(q, table), rotate(k, table), v))
