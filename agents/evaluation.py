@@ -54,7 +54,7 @@ class Evaluation:
     ``played``: name -> place -> episodes, equally many for all policies; ``sources``: name -> what
     made the policy; ``planned``: the most episodes there might be; ``horizon``: of the dream, in
     steps; ``looks`` and ``verdict``: of the sequential test, if there was one;
-    ``folder``: where it is written.
+    ``anywhere``: episodes begin at any recorded moment; ``folder``: where it is written.
     """
 
     world: str
@@ -65,6 +65,7 @@ class Evaluation:
     horizon: int | None = None
     looks: tuple[int, ...] = ()
     verdict: Verdict | None = None
+    anywhere: bool = False
     about: Mapping[str, Any] = field(default_factory=results.about)
     folder: Path | None = None
 
@@ -220,6 +221,9 @@ class Evaluation:
     def notes(self) -> list[str]:
         """What a reader must know before believing the numbers."""
         said = []
+        if self.anywhere:
+            said.append("Episodes begin at recorded moments anywhere in an episode: a value is "
+                        f"what the next {self.horizon} steps bring, not a whole episode.")
         if self.episodes == 1:
             said.append("One episode per policy: there are no intervals.")
         elif self.episodes < stats.FEW:

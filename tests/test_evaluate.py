@@ -60,6 +60,24 @@ def test_equal_policies_meet_equal_luck_and_every_step_is_kept():
     assert task.world.pool.stats()["pages_used"] == 0
 
 
+def test_anywhere_begins_within_episodes_and_says_so(folder, tmp_path, monkeypatch):
+    from worldgym.data.starts import StartBank
+
+    asked, sample = [], StartBank.sample
+    monkeypatch.setattr(StartBank, "sample", lambda self, *a, beginnings_only=False: (
+        asked.append(beginnings_only), sample(self, *a, beginnings_only=beginnings_only))[1])
+    given = {"episodes": 3, "progress": False, "horizon": 4}
+    found = evaluate(folder, CAST, anywhere=True, out=tmp_path / "any", **given)
+    assert set(asked) == {False} and "next 4 steps" in text(found)
+    evaluate(folder, CAST, out=tmp_path / "whole", **given)
+    assert asked[-1] is True
+    with pytest.raises(ConfigError, match="other settings"):
+        evaluate(folder, CAST, out=tmp_path / "any", **given)
+    with pytest.raises(ConfigError, match="cannot begin in the middle"):
+        evaluate(folder, CAST, anywhere=True, real=True, out=tmp_path / "real", **given)
+    assert not (tmp_path / "real").exists()
+
+
 def test_json_has_the_agreed_form(found):
     result, out = found
     data = toys.numbers(out)
