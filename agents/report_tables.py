@@ -23,7 +23,8 @@ UNCERTAIN = {
     "error_over_spread": "error over spread, all steps",
     "rank_correlation": "rank correlation of spread and error",
     "wrong_share": "share of steps before a mistake",
-    "auroc": "AUROC: spread foretells a mistake (0.5 is chance)",
+    "auroc": "AUROC: spread of reward and end foretells a mistake (0.5 is chance)",
+    "auroc_of_latents": "the same for the spread of the latents",
     "auroc_of_time": "the same for the mere number of the step"}
 
 
