@@ -87,7 +87,9 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
     run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, anywhere, progress)
     played, verdict = run.play(looks, width, error)
     found = Evaluation(str(task.name), {n: a.source for n, a in cast.items()}, played, episodes,
-                       unit(task), task.horizon, looks, verdict, anywhere, folder=ledger.folder)
+                       unit(task), task.horizon, looks, verdict,
+                       frozenset(n for n, a in cast.items() if a.dreamt), anywhere,
+                       folder=ledger.folder)
     _write(found, ledger.folder)
     return found
 
@@ -109,6 +111,7 @@ class _Actor:
     policy: Policy
     source: str
     hash: str
+    dreamt: bool = False  # learned in a dream
 
 
 @dataclass(frozen=True)
@@ -219,13 +222,14 @@ def _cast(policies: Sequence[str] | Mapping[str, str | Policy], task: Any,
         _check_fit(name, policy, spec)
         if draw and hasattr(policy, "deterministic"):
             policy.deterministic = False
-        cast[name] = _Actor(policy, text, fingerprint(text) if isinstance(source, str) else "")
+        cast[name] = _Actor(policy, text, fingerprint(text) if isinstance(source, str) else "",
+                            _facts(policy).get("where") == "dream")
     return cast
 
 
 def _check_fit(name: str, policy: Policy, spec: Any) -> None:
     """Refuse an agent that was trained for other actions or other frames."""
-    facts = getattr(getattr(policy, "player", policy), "facts", None)
+    facts = _facts(policy)
     if not facts:
         return
     action, frame_hw = ActionSpec.from_json(facts["action"]), tuple(facts["frame_hw"])
@@ -234,6 +238,11 @@ def _check_fit(name: str, policy: Policy, spec: Any) -> None:
                           given=f"{action}, frames {frame_hw}",
                           expected=f"{spec.action}, frames {tuple(spec.frame_hw)}",
                           fix="give the world it was trained in as --world, or another agent")
+
+
+def _facts(policy: Policy) -> Mapping[str, Any]:
+    """What an agent file says of its training, also beneath a ``noisy:``; empty for others."""
+    return getattr(getattr(policy, "player", policy), "facts", None) or {}
 
 
 def _settings(task: Any, cast: Mapping[str, _Actor], seed: int, episodes: int, width: int,
