@@ -159,6 +159,9 @@ class Stages:
         self.model, self.fixture = model, fixture
         self.into: dict[str, Tensor] = {}
         self.out: dict[str, Tensor] = {}
+        # products over the actions are done slot by slot, on rows padded to MIN_ROWS
+        self.every_in: dict[str, list[Tensor]] = {}
+        self.every_out: dict[str, list[Tensor]] = {}
         self.hooks: list = []
 
     def listen(self) -> None:
@@ -166,8 +169,10 @@ class Stages:
             def keep(_module: object, args: tuple, out: object, name: str = name) -> None:
                 if args and isinstance(args[0], Tensor):
                     self.into[name] = args[0]
+                    self.every_in.setdefault(name, []).append(args[0])
                 if isinstance(out, Tensor):
                     self.out[name] = out
+                    self.every_out.setdefault(name, []).append(out)
             self.hooks.append(module.register_forward_hook(keep))
 
     def checks(self, case: Case, limit: tuple[float, float]) -> Iterator[Check]:
@@ -231,17 +236,17 @@ class Stages:
             return self.by_position(self._turned(
                 out[f"{action}.mouse_attn.norm_{part}"], module().heads, table1()))
 
-        def buttons(name: str) -> Tensor:  # our rows are padded to MIN_ROWS and flat over the batch
+        def buttons(name: str) -> Tensor:
             return out[f"{action}.{name}"]
 
-        def frames_of(rows_RD: Tensor) -> Tensor:
-            batch = len(case.tensor("latents"))
-            return rows_RD[:batch * self.frames].unflatten(0, (batch, -1))
+        def slots_of(kept: dict, name: str, count: int) -> Tensor:
+            return torch.stack([x[:count] for x in kept[f"{action}.{name}"]])
+
+        def frames_of(kept: dict, name: str) -> Tensor:
+            return slots_of(kept, name, self.frames)
 
         def embedded() -> Tensor:
-            keyboard = rows["keyboard"]
-            return buttons("keyboard_embed")[:keyboard.shape[0] * keyboard.shape[1]].unflatten(
-                0, keyboard.shape[:2])
+            return slots_of(self.every_out, "keyboard_embed", rows["keyboard"].shape[1])
 
         b = f"b{i}."
         return {
@@ -269,8 +274,8 @@ class Stages:
             b + "keyboard_embed": embedded,
             b + "keyboard_q_proj.out": lambda: self.by_position(buttons("keyboard_q_proj")),
             b + "key_q_normed": lambda: self.by_position(buttons("key_attn_q_norm")),
-            b + "keyboard_kv_proj.in": lambda: frames_of(into[f"{action}.keyboard_kv_proj"]),
-            b + "keyboard_kv_proj.out": lambda: frames_of(buttons("keyboard_kv_proj")),
+            b + "keyboard_kv_proj.in": lambda: frames_of(self.every_in, "keyboard_kv_proj"),
+            b + "keyboard_kv_proj.out": lambda: frames_of(self.every_out, "keyboard_kv_proj"),
             b + "key_k_normed": lambda: buttons("key_attn_k_norm"),
             b + "keyboard_o_proj.in": lambda: self.by_position(into[f"{action}.keyboard_o_proj"]),
             b + "keyboard_o_proj.out": lambda: self.by_position(buttons("keyboard_o_proj")),

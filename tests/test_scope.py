@@ -203,10 +203,12 @@ def test_without_actions_it_is_the_plain_network():
 
 
 def test_a_batch_is_its_items():
-    net, given = tiny(), inputs(3)
-    whole = run(net, given)
-    for i in range(3):
-        close(run(net, {k: v[i:i + 1] for k, v in given.items()}), whole[i:i + 1])
+    for frames in (2, 3):
+        net, given = tiny(dim=64), inputs(3, frames)
+        whole = run(net, given)
+        for i in range(3):  # to the bit
+            one = {k: v[i:i + 1] for k, v in given.items()}
+            assert torch.equal(run(net, one), whole[i:i + 1])
 
 
 def test_bfloat16_is_near():

@@ -83,10 +83,14 @@ class Controls:
 
 
 def _by_rows(layer: Callable[[Tensor], Tensor], x_BFC: Tensor) -> Tensor:
-    """A product over few rows with bits that do not depend on how many there are (MIN_ROWS)."""
-    rows = x_BFC.flatten(0, 1)
-    rows = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - len(rows))))
-    return layer(rows)[:x_BFC.shape[0] * x_BFC.shape[1]].unflatten(0, x_BFC.shape[:2])
+    """A product slot by slot, on memory of its own.
+
+    So few and so narrow rows have bits that depend on how many there are and on where they lie.
+    Done once per clip, so its speed does not matter.
+    """
+    frames = x_BFC.shape[1]
+    padded = F.pad(x_BFC, (0, 0, 0, max(0, MIN_ROWS - frames)))
+    return torch.stack([layer(rows.clone())[:frames] for rows in padded])
 
 
 class ActionModule(nn.Module):
