@@ -98,8 +98,8 @@ def load_into(
             if copied > total / 32:  # what was read is in memory twice until it is let go
                 copied = 0
                 del raw
-                for mapped in maps:
-                    mapped.forget()
+                _forget(maps)
+    _forget(maps)  # tensors used as they are keep their own
     same_place = all(
         fresh[n].device == t.device and fresh[n].dtype == t.dtype for n, t in target.items()
     )
@@ -109,6 +109,11 @@ def load_into(
     if device is not None:
         module.to(device)  # buffers that no checkpoint holds
     return module
+
+
+def _forget(maps: Sequence[Mapped]) -> None:
+    for mapped in maps:
+        mapped.forget()
 
 
 def _own(tensor: Tensor, borrowed: bool) -> Tensor:

@@ -215,7 +215,7 @@ def denoise(dit: ScopeDiT, noise_BCFhw: Tensor, text: TextKV, negative: TextKV |
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Contexts (1, L, D) of a prompt and of the negative prompt, encoded once per clip."""
+    """Contexts (B, L, D) of the prompts and of the negative ones, encoded once per clip."""
 
     context_BLD: Tensor
     negative_BLD: Tensor | None = None
@@ -226,23 +226,26 @@ def make_latents(dit: ScopeDiT, vae: Any, prompt: Prompt, size: ClipSize, *,
                  image_HWC: np.ndarray | None = None, mouse_BNJ: Tensor | None = None,
                  keyboard_BNK: Tensor | None = None, seed: int = 0,
                  sampler: Sampler = Sampler(), **options: Any) -> Tensor:  # noqa: B008
-    """Latents (1, C, F, h, w) of a clip, ready for ``vae.decode``.
+    """Latents (B, C, F, h, w) of clips, ready for ``vae.decode``; one clip per prompt.
 
     Args:
-        image_HWC: uint8 first frame; None = text to video.
-        mouse_BNJ, keyboard_BNK: raw rows, one per raw frame; None skips the path.
+        image_HWC: uint8 first frame of all of them; None = text to video.
+        mouse_BNJ, keyboard_BNK: raw rows, one per raw frame, of every clip or of all (B = 1);
+            None skips the path.
+        seed: of the noise, drawn at once for all clips.
         options: ``start``, ``watch`` and ``flows`` of :func:`denoise`.
     """
     device = dit.head.modulation.device
     frames = size.latent_frames
-    shape = (1, dit.cfg.in_dim, frames, size.height // vae.stride, size.width // vae.stride)
+    b = len(prompt.context_BLD)
+    shape = (b, dit.cfg.in_dim, frames, size.height // vae.stride, size.width // vae.stride)
     first = None if image_HWC is None else vae.encode(prepare_image(image_HWC, size, vae.dtype))
     weight = dit.head.modulation
     text = dit.text(prompt.context_BLD.to(weight))
     negative = None
     if sampler.guidance != 1.0 and prompt.negative_BLD is not None:
-        negative = dit.text(prompt.negative_BLD.to(weight))
-    mouse_BNJ, keyboard_BNK = (None if r is None else r.to(device)
+        negative = dit.text(prompt.negative_BLD.to(weight).expand(b, -1, -1))
+    mouse_BNJ, keyboard_BNK = (None if r is None else r.to(device).expand(b, -1, -1)
                                for r in (mouse_BNJ, keyboard_BNK))
     controls = dit.controls(mouse_BNJ, keyboard_BNK, frames)
     return denoise(dit, draw_noise(shape, seed), text, negative, first_BC1hw=first,
