@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -238,10 +238,13 @@ class MeltingPotEnv(ParallelEnv):
         self.orientation_N = np.zeros(self.players, np.int64)
         self.alive_N = np.ones(self.players, bool)
         self.t, self.agents = 0, list(self.possible_agents)
-        self.seen(self._env.reset())
+        if self.game.redraw and self._frame is not None:
+            self._env.close()
+            self._env = build(self.game, self.players)
+        self._see(self._env.reset())
         return self._observations(self.agents), self._infos(self.agents)
 
-    def seen(self, timestep: Any) -> None:
+    def _see(self, timestep: Any) -> None:
         """Take frame, cells, facing and who is on the map from the simulator."""
         view = timestep.observation
         self.events = parse_events(self._env.events())
@@ -253,48 +256,56 @@ class MeltingPotEnv(ParallelEnv):
                 self.orientation_N[i] = own["ORIENTATION"]
         self._frame = place(view[0]["WORLD.RGB"], self.game, self.cell_px)
 
+    def advance(self, actions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """One step of everyone, without the dicts: actions (N,) of the eight, for all players.
+
+        Returns:
+            rewards float64 (N,); who is finished for good, bool (N,); whether time is up.
+        """
+        native = np.where(actions_N == INTERACT, self.game.interact, actions_N)
+        timestep = self._env.step(np.where(self.alive_N, native, 0))
+        self.t += 1
+        self._see(timestep)
+        over = timestep.last()
+        if self.game.removed_for_good and "prey" in self.game.roles:
+            prey = [role == "prey" for role in self.game.role_of(self.players)]
+            over = over or not self.alive_N[prey].any()
+        gone = ~self.alive_N if self.game.removed_for_good else np.zeros(self.players, bool)
+        rewards = np.array([float(r) for r in timestep.reward])
+        return rewards, gone | over, self.t >= self.max_cycles
+
     def step(self, actions: dict[str, int]) -> tuple[dict, dict, dict, dict, dict]:
-        """One step of everyone; agents that are out may be left out."""
+        """One step; ``actions`` holds one for every agent in ``agents``."""
         if not self.agents:
             raise ResetNeeded("no episode is running", given="step()", expected="reset() before",
                               fix="call reset(); it is needed again when agents is empty")
-        playing, native = list(self.agents), np.zeros(self.players, np.int64)
-        for agent in playing:
-            i = self.possible_agents.index(agent)
-            native[i] = self._native(actions.get(agent), agent) if self.alive_N[i] else 0
-        timestep = self._env.step(native)
-        self.t += 1
-        self.seen(timestep)
-        rewards = {a: float(timestep.reward[self.possible_agents.index(a)]) for a in playing}
-        over = timestep.last()
-        out = self.game.removed_for_good
-        if out and "prey" in self.game.roles:
-            prey = [role == "prey" for role in self.game.role_of(self.players)]
-            over = over or not self.alive_N[prey].any()
-        ends = {a: bool(over or (out and not self.alive_N[self.possible_agents.index(a)]))
-                for a in playing}
-        late = self.t >= self.max_cycles
+        playing = {a: self.possible_agents.index(a) for a in self.agents}
+        joint = np.zeros(self.players, np.int64)
+        for agent, i in playing.items():
+            joint[i] = self._check(actions.get(agent), agent)
+        rewards, finished, late = self.advance(joint)
+        ends = {a: bool(finished[i]) for a, i in playing.items()}
         cuts = {a: bool(late and not ends[a]) for a in playing}
         self.agents = [a for a in playing if not (ends[a] or cuts[a])]
-        return self._observations(playing), rewards, ends, cuts, self._infos(playing)
+        return (self._observations(playing), {a: float(rewards[i]) for a, i in playing.items()},
+                ends, cuts, self._infos(playing))
 
-    def _native(self, action: Any, agent: str) -> int:
-        """The substrate's number for one of the eight actions."""
+    def _check(self, action: Any, agent: str) -> int:
         if action is None or not self._actions[agent].contains(action):
             raise ActionError("impossible action", given=f"{action!r} of {agent}",
                               expected=f"0..{len(ACTIONS) - 1} for every agent in agents",
                               fix="sample from action_space(agent)")
-        return self.game.interact if int(action) == INTERACT else int(action)
+        return int(action)
 
     @property
     def positions_N2(self) -> np.ndarray:
         """Centres of the players' cells over the frame, float32 in [-1, 1]."""
         return positions(self.cells_N2, self.game)
 
-    def _observations(self, agents: Sequence[str]) -> dict[str, np.ndarray]:
+    def _observations(self, agents: Iterable[str]) -> dict[str, np.ndarray]:
         return {a: self.state() for a in agents}
 
-    def _infos(self, agents: Sequence[str]) -> dict[str, dict]:
+    def _infos(self, agents: Iterable[str]) -> dict[str, dict]:
         where = self.positions_N2
         return {a: {"position": where[i].copy(), "cell": self.cells_N2[i].copy(),
                     "orientation": int(self.orientation_N[i]), "alive": bool(self.alive_N[i])}
@@ -308,10 +319,10 @@ class MeltingPotEnv(ParallelEnv):
         return self._frame.copy()
 
     def render(self) -> np.ndarray | None:
-        """The frame, eight times as large, where render_mode is "rgb_array"."""
+        """The frame, six times as large, where render_mode is "rgb_array"."""
         if self.render_mode != "rgb_array":
             return None
-        return self.state().repeat(8, 0).repeat(8, 1)
+        return self.state().repeat(6, 0).repeat(6, 1)
 
     def close(self) -> None:
         """Release the simulator."""

@@ -36,9 +36,15 @@ class PartyGame:
     substrate's only role; ``interact``: the substrate's action for id 7 (0: it has none);
     ``avatar``, ``prefabs``: component -> settings to change, of every player or of one prefab;
     ``tint``: share of the player's own colour (``COLOURS``) mixed into its sprites, where the
-    substrate draws several players alike; ``removed_for_good``: a player taken out stays out, and
+    substrate draws several players alike; ``redraw``: colours are drawn anew for every episode;
+    ``removed_for_good``: a player taken out stays out, and
     the game ends with the last ``prey``; ``max_cycles``: steps of an episode; ``about``: one
     sentence for text-conditioned models.
+
+    For scripted players: ``solid``: characters nobody walks on; ``pickups``: colours (RGB, mean of
+    the middle of a cell) of what pays when walked on, with ``own_colour`` only to a player of that
+    colour; ``collect_first``: meeting others pays by what was picked up before; ``work``: kinds of
+    cells (characters) to face and interact with, in turn.
     """
 
     name: str
@@ -50,7 +56,13 @@ class PartyGame:
     interact: int = 7
     avatar: Settings = field(default_factory=dict)
     prefabs: Mapping[str, Settings] = field(default_factory=dict)
+    solid: str = "W"
+    pickups: tuple[tuple[int, int, int], ...] = ()
+    own_colour: bool = False
+    collect_first: bool = False
+    work: tuple[str, ...] = ()
     tint: float = 0.0
+    redraw: bool = False
     removed_for_good: bool = False
     max_cycles: int = 300
 
@@ -87,71 +99,88 @@ _ALL = (
     PartyGame(
         name="coins", substrate="coins", players=(2,), interact=0,
         about="Two players pick up coins; taking a coin of the other's colour costs the other two.",
+        pickups=((175, 161, 64), (64, 106, 147), (147, 51, 106), (196, 92, 106), (36, 120, 50)),
+        own_colour=True, redraw=True,
         rows=("WWWWWWWWWW", "W_CCCCCC_W", "WCCCCCCCCW", "WCCCCCCCCW", "WCCCCCCCCW", "WCCCCCCCCW",
               "W_CCCCCC_W", "WWWWWWWWWW"),
         prefabs={"coin": {"ChoiceCoinRegrow": {"regrowRate": 0.004}}}),
     PartyGame(
         name="commons_harvest", substrate="commons_harvest__open", players=_SEVEN,
         about="Players eat apples that grow back only next to other apples; a beam removes others.",
+        pickups=((184, 92, 82),),
         rows=("WWWWWWWWWW", "WAAP  PAAW", "WAA A  AAW", "WP AAA  PW", "W PAAA P W", "WAA A  AAW",
               "WAAP  PAAW", "WWWWWWWWWW"),
-        avatar={"Avatar": {"spawnGroup": "spawnPoints"}}),
+        avatar={"Avatar": {"spawnGroup": "spawnPoints"}},
+        prefabs={"apple": {"DensityRegrow": {
+            "regrowthProbabilities": [0.001, 0.01, 0.02, 0.05]}}}),
     PartyGame(
         name="clean_up", substrate="clean_up", players=_SEVEN, interact=8,
         about="Apples grow only while the river is kept clean; cleaning pays nothing.",
+        pickups=((184, 92, 76),), work=("HF",),
         rows=("WWWWWWWWWW", "WHFHFHHFHW", "W==+~FHf=W", "WPPP<~S>PW", "WP P<~S>PW", "W^T^;~S,^W",
               "WBBBBssBBW", "WWWWWWWWWW")),
     PartyGame(
         name="territory", substrate="territory__open", players=_SEVEN, interact=8,
         about="Players paint walls in their colour; painted walls pay their owner.",
+        solid="F|=TJLR", work=("R",),
         rows=("F========T", "|,RR,,RR,|", "|P,,P,,,P|", "|,R,RR,R,|", "|,R,RR,R,|", "|P,,,P,,P|",
               "|,RR,,RRP|", "L========J")),
     PartyGame(
         name="predator_prey", substrate="predator_prey__open", players=_SEVEN,
         roles=("predator", "prey", "prey", "predator", "prey", "prey", "prey"),
         tint=0.6, about="Predators chase prey that collect apples; prey are safe in groups.",
+        solid="/;,_!|~LJ", pickups=((107, 167, 84), (154, 109, 84)),
         rows=("/;______,/", "/!XaaaaX|/", "/!aaAaaa|/", "/!a''''a|/", "/!a*''*a|/", "/!****aa|/",
               "/!**aA**|/", "/L~~~~~~J/"),
         avatar={"AvatarRespawn": {"framesTillRespawn": 1000000}}, removed_for_good=True),
     PartyGame(
         name="prisoners_dilemma", players=(2,),
         substrate="prisoners_dilemma_in_the_matrix__repeated",
-        tint=1.0, about="Two players collect green or red and then play a prisoner's dilemma with a beam.",
+        tint=1.0,
+        about="Two players collect green or red, then play a prisoner's dilemma with a beam.",
+        pickups=((98, 234, 206), (234, 98, 126)), collect_first=True,
         rows=("WWWWWWWWWW", "Wn  11  nW", "W  a11a  W", "W W    W W", "W W    W W", "W  a22a  W",
               "Wn  22  nW", "WWWWWWWWWW")),
     PartyGame(
         name="stag_hunt", substrate="stag_hunt_in_the_matrix__arena", players=_SEVEN,
         about="Players collect stag or hare resources and meet others with a beam.",
+        pickups=((98, 234, 206), (234, 98, 126)), collect_first=True,
         rows=("WWWWWWWWWW", "WP11P 22PW", "W 11  22 W", "WP a  a PW", "W  aPPa PW", "W 22  11 W",
               "WP22P 11PW", "WWWWWWWWWW"),
         avatar={"GameInteractionZapper": {"framesTillRespawn": 10}}),
     PartyGame(
         name="scissors", players=(2,), substrate="running_with_scissors_in_the_matrix__repeated",
         tint=1.0, about="Two players collect rock, paper or scissors and then play it with a beam.",
+        pickups=((132, 91, 255), (255, 214, 91), (91, 214, 255)), collect_first=True,
         rows=("WWWWWWWWWW", "Wn rr   nW", "W  rrWpp W", "W    Wpp W", "W  aaW   W", "W  aa ss W",
               "Wn    ssnW", "WWWWWWWWWW")),
     PartyGame(
         name="cooking_cramped", substrate="collaborative_cooking__cramped", players=(2,),
         tint=1.0, about="Two cooks bring tomatoes to the pot and serve the soup.",
+        solid="#OCDT", work=("O", "C", "O", "C", "O", "C", "D", "C", "T"),
         rows=("###C###", "O P P O", "#     #", "#     #", "##D#T##")),
     PartyGame(
         name="cooking_crowded", substrate="collaborative_cooking__crowded", players=(2, 3, 4, 5, 6),
         tint=1.0, about="Several cooks share a kitchen: tomatoes, pots, dishes, the window.",
+        solid="#OCDT", work=("O", "C", "O", "C", "O", "C", "D", "C", "T"),
         rows=("##########", "#OPC  C  #", "#O P ##P #", "#    ## P#", "#D P ##  #", "#D   ## P#",
               "#  P    T#", "####TT####")),
     PartyGame(
         name="coop_mining", substrate="coop_mining", players=(2, 3, 4, 5, 6),
         about="Iron can be mined alone, gold only by two players at once.",
+        solid="W", pickups=((54, 54, 13), (50, 42, 42)), work=("O",),
         rows=("WWWWWWWWWW", "WPOOOOOOPW", "WOOOOOOOOW", "WOOWOOWPOW", "WOPOOOOOOW", "WOOOOOOOOW",
               "WPOOOOOOPW", "WWWWWWWWWW")),
     PartyGame(
         name="mushrooms", substrate="externality_mushrooms__dense", players=(2, 3, 4, 5),
         about="Red mushrooms pay the eater, green everyone, blue the others.",
+        solid="/_+'#`!|(-)", pickups=((193, 118, 179), (94, 180, 97)),
         rows=("/________+", "'########`", "! R   G  |", "!   B  R |", "!G     G |", "! R  B   |",
               "!   G  R |", "(--------)")),
     PartyGame(
         name="paintball", substrate="paintball__king_of_the_hill", players=(2, 4, 6),
         tint=0.4, about="Two teams shoot each other and colour the hill.",
+        solid="WI",
         rows=("IWWWWWWWWI", "WPP,PP,PPW", "WP,WW,,,PW", "W,GGGGGG,W", "W,GGGGGG,W", "WQ,,,WW,QW",
               "WQQ,QQ,QQW", "IWWWWWWWWI"),
         avatar={"ZappedByColor": {"framesTillRespawn": 10}}),
