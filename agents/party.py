@@ -8,7 +8,7 @@ Legend: N players, H W frame pixels; cells are (x, y) on the map, directions 0 N
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -30,7 +30,7 @@ STEPS: tuple[Cell, ...] = ((0, -1), (1, 0), (0, 1), (-1, 0))  # N E S W
 MOVES = (FORWARD, RIGHT, BACKWARD, LEFT)  # by direction relative to the facing
 
 
-def route(start: Cell, goals: Iterable[Cell], free: set[Cell],
+def route(start: Cell, goals: Iterable[Cell], free: Collection[Cell],
           rng: np.random.Generator) -> int | None:
     """First direction of a shortest way from ``start`` to the nearest goal; None if there is none.
 
@@ -188,8 +188,10 @@ class Chase(Gather):
             self.hunting ^= bool(self.rng.random() < 0.08)
             if not self.hunting:
                 return super().choose(scene, i)
-        targets = [j for j in scene.others(i) if scene.roles[i] != "predator"
-                   or scene.roles[j] == "prey"]
+        targets = [j for j in scene.others(i)
+                   if scene.roles[i] != "predator" or scene.roles[j] == "prey"]
+        if scene.game.teams > 1:
+            targets = [j for j in targets if (i - j) % scene.game.teams]
         here, facing = scene.cell(i), int(scene.orientation_N[i])
         for cell in (scene.cell(j) for j in targets):
             way = straight(here, cell, self.reach)

@@ -44,7 +44,8 @@ class PartyGame:
     For scripted players: ``solid``: characters nobody walks on; ``pickups``: colours (RGB, mean of
     the middle of a cell) of what pays when walked on, with ``own_colour`` only to a player of that
     colour; ``collect_first``: meeting others pays by what was picked up before; ``work``: kinds of
-    cells (characters) to face and interact with, in turn.
+    cells (characters) to face and interact with, in turn; ``teams``: player i is in team i modulo
+    this.
     """
 
     name: str
@@ -61,6 +62,7 @@ class PartyGame:
     own_colour: bool = False
     collect_first: bool = False
     work: tuple[str, ...] = ()
+    teams: int = 1
     tint: float = 0.0
     redraw: bool = False
     removed_for_good: bool = False
@@ -180,7 +182,7 @@ _ALL = (
     PartyGame(
         name="paintball", substrate="paintball__king_of_the_hill", players=(2, 4, 6),
         tint=0.4, about="Two teams shoot each other and colour the hill.",
-        solid="WI",
+        solid="WI", teams=2,
         rows=("IWWWWWWWWI", "WPP,PP,PPW", "WP,WW,,,PW", "W,GGGGGG,W", "W,GGGGGG,W", "WQ,,,WW,QW",
               "WQQ,QQ,QQW", "IWWWWWWWWI"),
         avatar={"ZappedByColor": {"framesTillRespawn": 10}}),

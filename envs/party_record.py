@@ -171,16 +171,17 @@ class _Table:
 def _row(env: MeltingPotEnv, actions: np.ndarray, rewards: np.ndarray,
          ended: np.ndarray) -> dict[str, np.ndarray]:
     """One row of the store, padded to all slots."""
-    free = SLOTS - env.players
+    n = env.players
 
     def pad(values: np.ndarray, dtype: type, empty: float) -> np.ndarray:
-        width = [(0, free)] + [(0, 0)] * (values.ndim - 1)
-        return np.pad(values.astype(dtype), width, constant_values=dtype(empty))
+        out = np.full((SLOTS, *values.shape[1:]), empty, dtype)
+        out[:n] = values
+        return out
 
     return {"frames": env.state(), "actions": pad(actions, np.int16, ABSENT),
             "rewards": pad(rewards, np.float32, 0),
             "info_position": pad(env.positions_N2, np.float32, np.nan),
             "info_orientation": pad(env.orientation_N, np.int8, -1),
             "info_alive": pad(env.alive_N, np.bool_, False),
-            "info_valid": pad(np.ones(env.players), np.bool_, False),
+            "info_valid": pad(np.ones(n), np.bool_, False),
             "info_ended": pad(ended, np.bool_, False)}
