@@ -55,10 +55,11 @@ class CollectParty:
             party_policy(name)
             mix.append((name, weight, lambda name=name: party_policy(name)))
         size = self.steps * len(games) * CELLS_HW[0] * CELLS_HW[1] * self.cell_px**2 * 3 / 1e9
+        wish = f"{self.steps} steps of {len(games)} games at {self.cell_px} px"
         if self.steps < 1 or self.cell_px not in (4, 8) or size > self.max_gb:
             raise ConfigError(
                 "impossible recording", expected=f"at most {self.max_gb:g} GB, cells of 4 or 8 px",
-                given=f"{self.steps} steps of {len(games)} games at {self.cell_px} px: {size:.1f} GB",
+                given=f"{wish}: {size:.1f} GB",
                 fix="record fewer steps or smaller frames, or raise --max-gb")
         from worldgym.envs.party_record import collect_party
 

@@ -91,8 +91,13 @@ class PartyGame:
         return (self.roles * players)[:players]
 
     def recipe(self) -> dict[str, Any]:
-        """All of it as JSON values, kept with recordings."""
-        return asdict(self) | {"avatar": {k: dict(v) for k, v in self.avatar.items()}}
+        """What makes the game what it is, as JSON values, kept with recordings: all but what
+        scripted players read, so that those can learn without spoiling a recording."""
+        data = asdict(self)
+        for name in ("solid", "pickups", "own_colour", "collect_first", "work", "teams"):
+            del data[name]
+        return data | {"cells_hw": self.cells_hw, "offset_cells": self.offset_cells,
+                       "frame_cells_hw": CELLS_HW}
 
 
 _SEVEN = (2, 3, 4, 5, 6, 7)
