@@ -175,7 +175,7 @@ class Chase(Gather):
     In games of resources (``collect_first``) it gathers for a while before every hunt.
     """
 
-    name, reach = "chase", 2
+    name, reach = "chase", 2  # cells that beams carry; a predator bites what is next to it
 
     def reset(self, rng: np.random.Generator) -> None:
         super().reset(rng)
@@ -194,7 +194,7 @@ class Chase(Gather):
             targets = [j for j in targets if (i - j) % scene.game.teams]
         here, facing = scene.cell(i), int(scene.orientation_N[i])
         for cell in (scene.cell(j) for j in targets):
-            way = straight(here, cell, self.reach)
+            way = straight(here, cell, 1 if scene.roles[i] == "predator" else self.reach)
             if way is not None:
                 turn = turn_towards(way, facing)
                 return INTERACT if turn is None else turn

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from worldgym.data.party import halved
 from worldgym.envs.party_games import (
     ABSENT,
     ACTIONS,
@@ -170,13 +171,6 @@ def removed(events: Events) -> list[int]:
     """Players (from 0) whom these events name as hit; whether that takes them out is the game's."""
     return sorted({int(values[REMOVALS[name]]) - 1 for name, values in events
                    if name in REMOVALS and REMOVALS[name] in values})
-
-
-def halve(frame_HWC: np.ndarray) -> np.ndarray:
-    """Frames (..., H, W, 3) at half the size: rounded mean of 2 x 2 pixels."""
-    *lead, height, width, channels = frame_HWC.shape
-    blocks = frame_HWC.reshape(*lead, height // 2, 2, width // 2, 2, channels).astype(np.uint16)
-    return ((blocks.sum((-4, -2)) + 2) // 4).astype(np.uint8)
 
 
 class MeltingPotEnv(ParallelEnv):
@@ -334,7 +328,7 @@ def place(image: np.ndarray, game: PartyGame, cell_px: int) -> np.ndarray:
     frame = np.zeros((CELLS_HW[0] * SPRITE_PX, CELLS_HW[1] * SPRITE_PX, 3), np.uint8)
     x, y = (SPRITE_PX * n for n in game.offset_cells)
     frame[y:y + image.shape[0], x:x + image.shape[1]] = image
-    return frame if cell_px == SPRITE_PX else halve(frame)
+    return frame if cell_px == SPRITE_PX else halved(frame)
 
 
 def positions(cells_N2: np.ndarray, game: PartyGame) -> np.ndarray:
@@ -350,4 +344,4 @@ def cells(positions_N2: np.ndarray, game: PartyGame) -> np.ndarray:
     return np.round(exact - np.array(game.offset_cells)).astype(np.int64)
 
 
-__all__ = ["ABSENT", "MeltingPotEnv", "available", "build", "cells", "halve", "positions"]
+__all__ = ["ABSENT", "MeltingPotEnv", "available", "build", "cells", "positions"]
