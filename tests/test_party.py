@@ -111,6 +111,15 @@ def test_several_players_need_one_discrete_action_each(tmp_path):
             Episodes.create(tmp_path / "d", spec, HW, 8.0, {}, N)
 
 
+def test_tools_for_one_player_refuse_it(party):
+    from worldgym.train.fit import FitConfig, fit
+
+    with pytest.raises(DatasetError, match="several players"):
+        open_party(party)["short"].one_player()
+    with pytest.raises(DatasetError, match="several players"):
+        fit(FitConfig(data=str(party / "short"), out=str(party / "world")))
+
+
 # ---- clips
 
 

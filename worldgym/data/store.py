@@ -236,6 +236,14 @@ class Episodes:
 
     append_episodes = append
 
+    def one_player(self) -> "Episodes":
+        """Itself, if it has no player slots; else a DatasetError, for what knows one player."""
+        if self.agents:
+            raise DatasetError("a recording of several players", expected="one player",
+                               given=f"{self.path} with {self.agents} slots",
+                               fix="read it with worldgym.data.party")
+        return self
+
     def verify(self) -> None:
         """Read everything but the frames and refuse flags, rewards or actions without sense."""
         for i in range(len(self)):
