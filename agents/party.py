@@ -22,6 +22,7 @@ from worldgym.envs.party_games import (
     RIGHT,
     TURN_LEFT,
     TURN_RIGHT,
+    PartyGame,
 )
 from worldgym.envs.party_scene import Cell, Scene
 from worldgym.errors import ConfigError
@@ -277,6 +278,13 @@ _PLAIN: dict[str, Callable[[], Player]] = {
 }
 MIXTURE = ("random@0.15", "sticky:0.3@0.15", "wander@0.15", "slips:0.15:gather@0.25",
            "slips:0.15:chase@0.2", "slips:0.15:work@0.1")
+KITCHEN = ("random@0.1", "sticky:0.3@0.1", "wander@0.15", "slips:0.15:chase@0.05", "work@0.3",
+           "slips:0.05:work@0.3")
+
+
+def mixture(game: PartyGame) -> tuple[str, ...]:
+    """Who plays when nobody says who: a game without anything to pick up is worked at."""
+    return KITCHEN if game.work and not game.pickups and game.interact == INTERACT else MIXTURE
 
 
 def party_policy(name: str) -> Player:

@@ -12,7 +12,15 @@ import pytest
 
 from worldgym.actions import ActionSpec
 from worldgym.agents import cli
-from worldgym.agents.party import MIXTURE, MOVES, STEPS, party_policy, route, turn_towards
+from worldgym.agents.party import (
+    MIXTURE,
+    MOVES,
+    STEPS,
+    mixture,
+    party_policy,
+    route,
+    turn_towards,
+)
 from worldgym.data.chunks import ChunkSampler
 from worldgym.data.party import PartySampler, halved, open_party, split_party
 from worldgym.data.store import Episodes
@@ -315,6 +323,11 @@ def test_dead_players_do_nothing_and_every_name_plays():
         assert all(0 <= player.act(scene(apples=((2, 2),)), 1) < len(ACTIONS) for _ in range(20))
         assert player.name == text.partition("@")[0].replace("random", "random:2", 1) or (
             player.name == text.partition("@")[0])
+
+
+def test_kitchens_are_worked_in():
+    assert "work@0.3" in mixture(GAMES["cooking_cramped"])
+    assert all(mixture(GAMES[n]) == MIXTURE for n in ("coins", "clean_up", "territory"))
 
 
 def test_interact_can_be_made_more_likely_and_sticky_sticks():
