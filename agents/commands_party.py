@@ -61,8 +61,9 @@ class CollectParty:
             if not counts:
                 raise ConfigError("no such number of players", given=self.players,
                                   expected=f"{game.players} in {game.name}", fix="leave it out")
-            print(collect_party(game, Path(self.out) / game.name, steps=self.steps, policies=chosen or _mix(mixture(game)),
-                                seed=self.seed, players=counts, cell_px=self.cell_px,
+            print(collect_party(game, Path(self.out) / game.name, steps=self.steps,
+                                policies=chosen or _mix(mixture(game)), seed=self.seed,
+                                players=counts, cell_px=self.cell_px,
                                 max_cycles=self.max_cycles), flush=True)
 
 

@@ -283,8 +283,8 @@ KITCHEN = ("random@0.1", "sticky:0.3@0.1", "wander@0.15", "slips:0.15:chase@0.05
 
 
 def mixture(game: PartyGame) -> tuple[str, ...]:
-    """Who plays when nobody says who: a game without anything to pick up is worked at."""
-    return KITCHEN if game.work and not game.pickups and game.interact == INTERACT else MIXTURE
+    """Who plays when nobody says who; where work goes through several stages, cooks do most."""
+    return KITCHEN if len(game.work) > 1 else MIXTURE
 
 
 def party_policy(name: str) -> Player:
