@@ -71,7 +71,7 @@ def _mix(texts: tuple[str, ...]) -> list[tuple[str, float, Callable[[], Any]]]:
     """(name, weight, factory) of every ``POLICY@SHARE``."""
     from worldgym.agents.party import party_policy
 
-    mix = []
+    mix: list[tuple[str, float, Callable[[], Any]]] = []
     for text in texts:
         name, _, share = text.rpartition("@")
         name, share = (name, share) if name else (share, "1")
