@@ -28,9 +28,9 @@ class Chunk:
 
     ``latents_BFChw``; ``reward_B`` float32, summed up to ``end_frame_B``; ``terminated_B`` bool;
     ``end_probability_B``; ``danger_B``: chance of an end within the next steps, as recorded play
-    went on (worlds say how many; else the end chance); ``end_frame_B``: index of the last frame
-    that counts; ``uncertainty_B``: fork spread, if it was asked for. ``frames()`` decodes on
-    first use.
+    went on (``ahead`` steps; 1: the end chance); ``draw_B``: the uniform numbers that decided the
+    ends; ``end_frame_B``: index of the last frame that counts; ``uncertainty_B``: fork spread, if
+    it was asked for. ``frames()`` decodes on first use.
     """
 
     slots: np.ndarray
@@ -41,6 +41,8 @@ class Chunk:
     end_frame_B: np.ndarray
     uncertainty_B: np.ndarray | None = None
     danger_B: np.ndarray | None = None
+    draw_B: np.ndarray | None = None
+    ahead: int = 1
     subjects: object = None
     decode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     _frames: Tensor | None = field(default=None, repr=False)
@@ -210,7 +212,7 @@ class World:
             self.pool.decref(_unowned(tables, state.tables))
         chunk = Chunk(np.arange(len(keys)), latents[:, None], reward, terminated, chance,
                       np.zeros(len(keys), np.int64), danger_B=danger_B.double().cpu().numpy(),
-                      decode=self.decode)
+                      draw_B=draw, ahead=getattr(self.outcome, "ahead", 1), decode=self.decode)
         return new, chunk
 
     def _generate(self, state: WorldState, action_BA: Tensor,

@@ -37,6 +37,11 @@ class LearnedOutcome:
         """Past frames read."""
         return self.model.cfg.frames
 
+    @property
+    def ahead(self) -> int:
+        """Steps that the danger looks ahead; 1: it is the end chance of the step."""
+        return max(1, self.model.cfg.ahead)
+
     @torch.no_grad()
     def __call__(self, past_BKChw: Tensor, action_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(end chance (B,) in [0, 1], rewards (B, 2): if it goes on, if it ends, danger (B,))."""
