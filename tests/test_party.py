@@ -25,7 +25,8 @@ from worldgym.rollout import Block, CausalStepper  # noqa: E402
 
 ABLATIONS = {"published": {}, "no MSA": dict(msa=False), "frame-wise MCA": dict(mca="frame"),
              "no MCA": dict(mca="none"), "no RoPE in SA": dict(rope_sa=False),
-             "no RoPE in CA": dict(mca="frame", rope_ca=False), "pooled": dict(pooled=True)}
+             "no RoPE in CA": dict(mca="frame", rope_ca=False),
+             "state before beside": dict(beside=True), "pooled": dict(pooled=True)}
 every_ablation = pytest.mark.parametrize("how", ABLATIONS.values(), ids=ABLATIONS.keys())
 
 
@@ -41,7 +42,7 @@ def test_base_parity_without_subjects():
     for frames in (None, causal_frame_mask(block_ids(5, 1)), causal_frame_mask(block_ids(5, 1), 3)):
         attend = None if frames is None else masked(frames, VIDEO)
         got, _ = model.joint(x, clip.states_BFNS, t, actions_BGN=clip.actions_BFN,
-                             anchor_BFN2=clip.states_BFNS, valid_BN=clip.valid_BN,
+                             before_BFNS=clip.states_BFNS, valid_BN=clip.valid_BN,
                              text_kv=model.dit.text(clip.text_BLD), attend=attend)
         assert torch.equal(got, base(x, t, clip.text_BLD, attend=attend))
 
@@ -149,7 +150,7 @@ def test_cached_rollout_is_the_teacher_forced_forward(how):
         (clip.states_BFNS, clip.state_noise_BFNS, clip.sigma_BF[..., None, None]))]
     noisy, clean = model.pack(*mix), model.pack(clip.clean_BFChw, clip.states_BFNS)
     place = clip.context_states_BFNS
-    anchor = torch.cat([place[:, :1], place[:, :-1]], 1)
+    before = torch.cat([place[:, :1], place[:, :-1]], 1)
     cfg = model.cfg.wan
     pool = PagePool(PageSpec(layers=cfg.num_layers, heads=cfg.num_heads, head_dim=cfg.head_dim,
                              tokens=VIDEO + SLOTS))
@@ -157,9 +158,9 @@ def test_cached_rollout_is_the_teacher_forced_forward(how):
     tables, text = stepper.empty(b), model.dit.text(clip.text_BLD)
     for i in range(f):
         keys = slice(0, i + 1) if model.cfg.subjects.mca == "none" else slice(i, i + 1)
-        given = {"actions_BGN": clip.actions_BFN[:, keys], "anchor_BFN2": anchor[:, i:i + 1],
+        given = {"actions_BGN": clip.actions_BFN[:, keys], "before_BFNS": before[:, i:i + 1],
                  "action_frame_BG": torch.arange(f)[None, keys].expand(b, -1),
-                 "action_anchor_BGN2": anchor[:, keys], "valid_BN": clip.valid_BN, "text_kv": text}
+                 "action_before_BGNS": before[:, keys], "valid_BN": clip.valid_BN, "text_kv": text}
         block = Block(np.full((b, 1), i), given, model.within(clip.valid_BN))
         x, t = noisy[:, :, i:i + 1], 1000 * clip.sigma_BF[:, i:i + 1]
         with torch.no_grad():

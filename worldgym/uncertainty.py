@@ -23,10 +23,11 @@ def fork_spread(world: World, state: WorldState, actions: object, forks: int = 4
     if forks < 2:
         raise ConfigError("spread of too few forks", given=forks, expected="at least 2",
                           fix="use 4")
-    checked = world.spec.action.check(actions, state.num_slots)
+    actions = np.asarray(actions)
+    world.controls(actions, state, np.arange(state.num_slots))  # refused here, not among copies
     copies = state.fork(forks, fresh=True)
     try:
-        _, chunk = world.step(copies, np.repeat(checked, forks, axis=0))
+        _, chunk = world.step(copies, np.repeat(actions, forks, axis=0))
     finally:
         copies.release()
     latents = chunk.latents_BFChw.unflatten(0, (state.num_slots, forks))

@@ -91,14 +91,14 @@ def nano_config(latent_chw: tuple[int, int, int], games: int = 1, width: int = 1
                 patch: tuple[int, int] = (1, 1), **subjects) -> PartyConfig:
     """A small network; its text is one row, the game as a one-hot of ``games``.
 
-    ``subjects``: fields of ``SubjectConfig``.
+    ``subjects``: fields of ``SubjectConfig``; by default states, too, have what was before beside.
     """
     c = latent_chw[0]
     wan = WanConfig(dim=width, ffn_dim=4 * width, num_heads=max(1, width // head),
                     num_layers=layers, in_dim=c * (1 + recent), out_dim=c, freq_dim=width // 2,
                     text_dim=games, text_len=1, patch_size=(1, *patch))
     return PartyConfig(latent_chw=latent_chw, wan=wan, window=window, recent=recent,
-                       subjects=SubjectConfig(**subjects))
+                       subjects=SubjectConfig(**{"beside": recent > 0, **subjects}))
 
 
 class PartyDynamics(nn.Module):
@@ -144,22 +144,23 @@ class PartyDynamics(nn.Module):
         return self.pack(flow_v.transpose(1, 2), flow_s)
 
     def joint(self, video_BCFhw: Tensor, states_BFNS: Tensor, t_BF: Tensor, *,
-              actions_BGN: Tensor, anchor_BFN2: Tensor, valid_BN: Tensor,
+              actions_BGN: Tensor, before_BFNS: Tensor, valid_BN: Tensor,
               text_kv: list[tuple[Tensor, Tensor]] | None, attend: Attend | None = None,
               frame_index_BF: Tensor | None = None, action_frame_BG: Tensor | None = None,
-              action_anchor_BGN2: Tensor | None = None,
+              action_before_BGNS: Tensor | None = None,
               recent_BRFhw: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Flows (B, C, F, h, w) of the latents and (B, F, N, S) of the states.
 
         Args:
             video_BCFhw, states_BFNS: noisy latents and states; t_BF: timesteps in [0, 1000].
             actions_BGN: int64; the action that led to each frame, ``actions`` = none.
-            anchor_BFN2: position of every subject one frame before; the first frame's own.
+            before_BFNS: state of every subject one frame before; the first frame's own.
             valid_BN: bool, which places are taken.
             text_kv: from ``dit.text``.
             attend: who sees whom over M tokens a frame; must hold ``within``.
             frame_index_BF: absolute frame indices, default 0..F-1.
-            action_frame_BG, action_anchor_BGN2: of the actions; default: those of the frames.
+            action_frame_BG, action_before_BGNS: index of the frames that the actions led to, and
+                the states before; default: those of the frames.
             recent_BRFhw: the frames before, as channels.
         """
         b, _, f = video_BCFhw.shape[:3]
@@ -173,23 +174,24 @@ class PartyDynamics(nn.Module):
                             text_kv=text_kv), states_BFNS
         frame_index_BF = frame_index_BF.expand(b, -1)
         action_frame_BG = frame_index_BF if action_frame_BG is None else action_frame_BG
-        action_anchor_BGN2 = anchor_BFN2 if action_anchor_BGN2 is None else action_anchor_BGN2
+        action_before_BGNS = before_BFNS if action_before_BGNS is None else action_before_BGNS
         actions_BGN = torch.where(valid_BN[:, None], actions_BGN, self.cfg.subjects.null)
-        anchor_BFN2, action_anchor_BGN2 = (torch.where(valid_BN[:, None, :, None], a, 0)
-                                           for a in (anchor_BFN2, action_anchor_BGN2))
+        before_BFNS, action_before_BGNS = (torch.where(valid_BN[:, None, :, None], a, 0)
+                                           for a in (before_BFNS, action_before_BGNS))
 
         video = self.dit.patches(x).unflatten(1, (f, -1))
         p = video.shape[2]
-        x = torch.cat([video, self.subjects.tokens(states_BFNS, valid_BN)], 2).flatten(1, 2)
+        subjects = self.subjects.tokens(states_BFNS, before_BFNS, valid_BN)
+        x = torch.cat([video, subjects], 2).flatten(1, 2)
         cond, cross = None, None
-        places = self.subjects.positions(frame_index_BF, self.cfg.grid_hw, anchor_BFN2)
+        places = self.subjects.positions(frame_index_BF, self.cfg.grid_hw, before_BFNS)
         table = self._table(places, p if not self.cfg.subjects.rope_sa else None)
         if self.cfg.subjects.pooled:
             which = (frame_index_BF[:, :, None] == action_frame_BG[:, None]).int().argmax(2)
             own = actions_BGN.gather(1, which[:, :, None].expand(-1, -1, actions_BGN.shape[2]))
             cond = self.subjects.pooled(own, valid_BN)
         else:
-            spots = self.subjects.positions(action_frame_BG, self.cfg.grid_hw, action_anchor_BGN2)
+            spots = self.subjects.positions(action_frame_BG, self.cfg.grid_hw, action_before_BGNS)
             sees = self.subjects.sees_actions(frame_index_BF, action_frame_BG, valid_BN, p,
                                               self.cfg.window)
             assert text_kv is not None
@@ -223,7 +225,7 @@ class PartyDynamics(nn.Module):
         Args:
             sigma_BF: noise level of each frame; ``noise_BFChw``, ``state_noise_BFNS``: its noise.
             level_BF, level_noise_BFChw: the same for the frames as context.
-            context_states_BFNS: states as context, and as anchors of the next frame.
+            context_states_BFNS: states as context, and as what the next frame starts from.
             forcing: "teacher": the sequence is [context | noisy], each noisy frame sees the context
                 before it and itself; "diffusion": each noisy frame sees the noisy ones before it;
                 "alone": itself only, with the recent frames beside it (needs ``recent``).
@@ -238,11 +240,10 @@ class PartyDynamics(nn.Module):
         states = mix(states_BFNS, state_noise_BFNS, sigma_BF)
         context = mix(clean_BFChw, level_noise_BFChw, level_BF)
         recent = before(context.transpose(1, 2), self.cfg.recent) if self.cfg.recent else None
-        place = context_states_BFNS[..., :2]
-        anchor = torch.cat([place[:, :1], place[:, :-1]], 1)
+        earlier = torch.cat([context_states_BFNS[:, :1], context_states_BFNS[:, :-1]], 1)
         text_kv = self.dit.text(text_BLD) if self.cfg.wan.text_len else None
         if forcing == "alone":
-            return self._alone(noisy, states, sigma_BF, actions_BFN, anchor, valid_BN, text_kv,
+            return self._alone(noisy, states, sigma_BF, actions_BFN, earlier, valid_BN, text_kv,
                                recent)
         index, times = torch.arange(f, device=sigma_BF.device), 1
         frames, t = causal_frame_mask(block_ids(f, 1), self.cfg.window), 1000 * sigma_BF
@@ -253,14 +254,14 @@ class PartyDynamics(nn.Module):
             frames = teacher_forcing_frame_mask(block_ids(f, 1), self.cfg.window)
         flow_v, flow_s = self.joint(
             noisy.transpose(1, 2), states, t, actions_BGN=actions_BFN, valid_BN=valid_BN,
-            anchor_BFN2=anchor.repeat(1, times, 1, 1), text_kv=text_kv,
+            before_BFNS=earlier.repeat(1, times, 1, 1), text_kv=text_kv,
             attend=self._masked(frames, valid_BN), frame_index_BF=index.repeat(times),
-            action_frame_BG=index.expand(b, -1), action_anchor_BGN2=anchor,
+            action_frame_BG=index.expand(b, -1), action_before_BGNS=earlier,
             recent_BRFhw=None if recent is None else recent.repeat(1, 1, times, 1, 1))
         return flow_v.transpose(1, 2)[:, -f:], flow_s[:, -f:]
 
     def _alone(self, noisy_BFChw: Tensor, states_BFNS: Tensor, sigma_BF: Tensor,
-               actions_BFN: Tensor, anchor_BFN2: Tensor, valid_BN: Tensor,
+               actions_BFN: Tensor, before_BFNS: Tensor, valid_BN: Tensor,
                text_kv: list[tuple[Tensor, Tensor]] | None,
                recent_BRFhw: Tensor | None) -> tuple[Tensor, Tensor]:
         """Flows of frames 1.. each by itself; zeros for frame 0, which nothing led to."""
@@ -278,7 +279,7 @@ class PartyDynamics(nn.Module):
                 for k, v in text_kv or []]
         flow_v, flow_s = self.joint(
             each(noisy_BFChw).transpose(1, 2), each(states_BFNS), 1000 * each(sigma_BF),
-            actions_BGN=each(actions_BFN), anchor_BFN2=each(anchor_BFN2), valid_BN=valid,
+            actions_BGN=each(actions_BFN), before_BFNS=each(before_BFNS), valid_BN=valid,
             text_kv=text, attend=self._masked(torch.ones(1, 1, dtype=torch.bool), valid),
             recent_BRFhw=None if recent_BRFhw is None else
             each(recent_BRFhw.transpose(1, 2)).transpose(1, 2))

@@ -33,6 +33,8 @@ class SubjectConfig:
     subjects stand where they were a frame ago in self- and cross-attention; ``pooled``: no action
     tokens at all, but the mean of the actions' embeddings on the frame's timestep (a baseline).
     ``slot_embedding``: tell the slots apart (off: subjects are a set, exactly).
+    ``beside``: the state a frame ago is laid beside each state as further input, as ``recent``
+    frames are: where a subject stands is then known without looking (off as published).
     """
 
     slots: int = 8
@@ -45,6 +47,7 @@ class SubjectConfig:
     rope_ca: bool = True
     pooled: bool = False
     slot_embedding: bool = False
+    beside: bool = False
 
     def __post_init__(self) -> None:
         if self.mca not in MCA or self.slots < 0 or self.actions < 1 or self.octaves < 0:
@@ -72,7 +75,7 @@ class Subjects(nn.Module):
     def __init__(self, cfg: SubjectConfig, wan: WanConfig) -> None:
         super().__init__()
         self.cfg, self.wan, dim = cfg, wan, wan.dim
-        self.inputs = nn.Linear(cfg.channels + 4 * cfg.octaves, dim)
+        self.inputs = nn.Linear((cfg.channels + 4 * cfg.octaves) * (1 + cfg.beside), dim)
         self.embedding = nn.Linear(dim, dim)
         self.kind = nn.Parameter(torch.zeros(dim))
         self.absent = nn.Parameter(torch.zeros(dim))
@@ -98,14 +101,15 @@ class Subjects(nn.Module):
             else:
                 nn.init.normal_(p, std=std, generator=generator)
 
-    def tokens(self, states_BFNS: Tensor, valid_BN: Tensor) -> Tensor:
+    def tokens(self, states_BFNS: Tensor, before_BFNS: Tensor, valid_BN: Tensor) -> Tensor:
         """Tokens (B, F, N, D); what stands in an empty place is not read."""
         there = valid_BN[:, None, :, None]
-        states = torch.where(there, states_BFNS, 0)
-        rows = self._features(states).flatten(0, 2)
+        told = [states_BFNS, before_BFNS] if self.cfg.beside else [states_BFNS]
+        rows = torch.cat([self._features(torch.where(there, x, 0)) for x in told], -1)
+        rows = rows.flatten(0, 2)
         n = len(rows)
         rows = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - n)))  # see MIN_ROWS
-        y = self.embedding(F.silu(self.inputs(rows)))[:n].unflatten(0, states.shape[:3])
+        y = self.embedding(F.silu(self.inputs(rows)))[:n].unflatten(0, states_BFNS.shape[:3])
         y = y + self.kind + torch.where(there, 0, self.absent)
         return y + self.slot if self.cfg.slot_embedding else y
 
@@ -145,14 +149,14 @@ class Subjects(nn.Module):
         see[:, :, video_tokens:] &= valid_BN[:, None]
         return see
 
-    def positions(self, frame_BF: Tensor, grid_hw: tuple[int, int], anchor_BFN2: Tensor) -> Tensor:
+    def positions(self, frame_BF: Tensor, grid_hw: tuple[int, int], before_BFNS: Tensor) -> Tensor:
         """Places (B, F, M, 3) of all tokens as (frame, row, column), float64.
 
-        ``anchor_BFN2``: where each subject stood a frame ago, (x, y) in [-1, 1].
+        ``before_BFNS``: states a frame ago, of which the position (x, y) in [-1, 1] is read.
         """
-        (b, f, n, _), (h, w) = anchor_BFN2.shape, grid_hw
-        size = torch.tensor([h, w], dtype=torch.float64, device=anchor_BFN2.device)
-        subject = (anchor_BFN2.double().flip(-1) + 1) / 2 * size - 0.5
+        (b, f, n, _), (h, w) = before_BFNS.shape, grid_hw
+        size = torch.tensor([h, w], dtype=torch.float64, device=before_BFNS.device)
+        subject = (before_BFNS[..., :2].double().flip(-1) + 1) / 2 * size - 0.5
         row, column = torch.meshgrid(*(torch.arange(k, dtype=torch.float64, device=size.device)
                                        for k in grid_hw), indexing="ij")
         video = torch.stack([row, column], -1).reshape(1, 1, h * w, 2).expand(b, f, -1, -1)

@@ -117,7 +117,7 @@ class PartyWorld(World):
         checked = self.spec.action.check(array, n) - self.spec.action.start
         return torch.from_numpy(np.where(skip, self.sub.null, checked)).to(self.device).float()
 
-    def _controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
+    def controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
         plays = (state.extra["valid"] & ~state.extra["ended"]).cpu().numpy()[index]
         return self._numbers(raw, ~plays, len(index))
 
@@ -181,40 +181,39 @@ class PartyWorld(World):
         index = torch.from_numpy(index_BK).to(self.device)
         before_it = torch.cat([states[:, :1], states[:, :-1]], 1)
         first = (index <= 0)[:, :, None, None]  # nothing before it: anchored at itself
-        anchor = torch.where(first, states, before_it)[..., :2]
+        earlier = torch.where(first, states, before_it)
         recent = self.dynamics.cfg.recent
-        given = self._given(extra, features_BKA.long(), anchor) | {
-            "action_frame_BG": index, "action_anchor_BGN2": anchor,
+        given = self._given(extra, features_BKA.long(), earlier) | {
+            "action_frame_BG": index, "action_before_BGNS": earlier,
             "recent_BRFhw": before(past_BCKhw, recent) if recent else None}
         x = self.party.pack(past_BCKhw.transpose(1, 2), states)
         return x, Block(index_BK, given, self.party.within(extra["valid"]))
 
     # -- step --------------------------------------------------------------------------------
 
-    def _given(self, extra: dict[str, Tensor], actions_BGN: Tensor, anchor_BFN2: Tensor) -> dict:
+    def _given(self, extra: dict[str, Tensor], actions_BGN: Tensor, before_BFNS: Tensor) -> dict:
         """Network arguments of every call."""
         text = self.text_kv and [(k[extra["game"]], v[extra["game"]]) for k, v in self.text_kv]
-        return {"actions_BGN": actions_BGN, "anchor_BFN2": anchor_BFN2, "valid_BN": extra["valid"],
+        return {"actions_BGN": actions_BGN, "before_BFNS": before_BFNS, "valid_BN": extra["valid"],
                 "text_kv": text}
 
     def _blocks(self, state: WorldState, action_BA: Tensor) -> tuple[Tensor, Block, Block, dict]:
         states, valid = state.extra["subjects"], state.extra["valid"]
-        place = states[..., :2]  # of K frames; the last is the current frame
-        anchor = place[:, -2:]  # of the current and of the next frame
+        earlier = states[:, -2:]  # before the current frame, and before the next
         actions = torch.cat([state.extra["controls"], action_BA.long()[:, None]], 1)
         index = state.index_B[:, None] + 1
         frames = index + np.arange(-self.history, 1)[None]
         frames = np.where(np.arange(self.history, -1, -1)[None] <= state.lengths_B[:, None],
                           frames, -1)
-        spots = torch.cat([place[:, :1], place], 1)
+        every = torch.cat([states[:, :1], states], 1)
         # a token sees the actions of its own frame, or of all its window (mca "none")
         count = 2 if self.sub.mca != "none" else self.history + 1
         keys = {"action_frame_BG": torch.from_numpy(frames).to(self.device)[:, -count:],
-                "action_anchor_BGN2": spots[:, -count:]}
+                "action_before_BGNS": every[:, -count:]}
         recent = self._recent(state) if self.dynamics.cfg.recent else None
-        joint = self._given(state.extra, actions[:, -count:], anchor) | keys | {
+        joint = self._given(state.extra, actions[:, -count:], earlier) | keys | {
             "recent_BRFhw": recent}
-        alone = joint | {"anchor_BFN2": anchor[:, -1:],
+        alone = joint | {"before_BFNS": earlier[:, -1:],
                          "recent_BRFhw": None if recent is None else recent[:, :, 1:]}
         within = self.party.within(valid)
         current = self.party.pack(state.history_BKChw[:, -1:], states[:, -1:])
