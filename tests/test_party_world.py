@@ -314,9 +314,12 @@ def test_frames_and_spread(world):
 
 NAN = float("nan")
 BAD_ACTIONS = {
-    "one action per slot": ([1, 2], ShapeError), "five players": (np.zeros((2, 5), int), ShapeError),
-    "action 5 of 5": (np.full((2, 4), 5), ActionError), "-2": (np.full((2, 4), -2), ActionError),
-    "a fraction": (np.full((2, 4), 0.5), ActionError), "NaN": (np.full((2, 4), NAN), NotFiniteError),
+    "one action per slot": ([1, 2], ShapeError),
+    "five players": (np.zeros((2, 5), int), ShapeError),
+    "action 5 of 5": (np.full((2, 4), 5), ActionError),
+    "-2": (np.full((2, 4), -2), ActionError),
+    "a fraction": (np.full((2, 4), 0.5), ActionError),
+    "NaN": (np.full((2, 4), NAN), NotFiniteError),
     "text": (np.full((2, 4), "a"), ActionError), "None": (np.full((2, 4), None), ActionError)}
 
 

@@ -6,8 +6,9 @@ return to the pool when the last state that uses them is released or forgotten.
 """
 
 import weakref
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +46,13 @@ class Starts:
     def rows(self, index: np.ndarray) -> "Starts":
         """Some of the starts (repeats allowed)."""
         index = np.asarray(index)
-        values = [getattr(self, f.name) for f in fields(self)]
-        return Starts(*(v if v is None else v[torch.from_numpy(index)] if isinstance(v, Tensor)
-                        else v[index] for v in values))
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[torch.from_numpy(index)]
+            return None if value is None else np.asarray(value)[index]
+
+        return replace(self, **{f.name: cut(getattr(self, f.name)) for f in fields(self)})
 
 
 def check_slots(slots: object, count: int) -> np.ndarray:

@@ -31,7 +31,8 @@ class PartyLossConfig:
     ``bell``: the published weight of noise levels, which vanishes at pure noise: right for
     many-step samplers only; ``context_noise``: half of the clips see latents noised up to this;
     ``jitter``: half of the clips see states moved by this many cells (standard deviation), so that
-    a rollout survives its own errors; ``drop_text``, ``drop_actions``: shares without, for guidance.
+    a rollout survives its own errors; ``drop_text``, ``drop_actions``: shares without them, for
+    guidance.
     """
 
     stage: str = "joint"

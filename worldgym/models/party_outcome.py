@@ -3,8 +3,8 @@
 Shapes: B slot, K past frame, C channel, h w latent grid, P = h * w cells, N subject, S state
 channel, A action, M head member.
 A reward is read from what happened: the frames before, the action, and the frame after, at the
-places where the player was and is. (Two players reach for one coin: who got it is in the picture.)
-An end is read from the frames before and the action only, never from a drawn ending: see outcome.py.
+places where the player was and is: who of two players got the coin is in the picture. An end is
+read from the frames before and the action only, never from a drawn ending: see outcome.py.
 """
 
 from dataclasses import dataclass
