@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import golden  # noqa: E402
+import golden_wan  # noqa: E402
 from party_tools import CHW, SLOTS, VIDEO, close, inputs, tiny_party  # noqa: E402
 
 from worldgym import checkpoint  # noqa: E402
@@ -23,6 +26,7 @@ from worldgym.models.party_layers import SubjectConfig  # noqa: E402
 from worldgym.models.wan import WanConfig, WanDiT, block_ids, causal_frame_mask, masked  # noqa: E402
 from worldgym.rollout import Block, CausalStepper  # noqa: E402
 
+FIXTURES = HERE.parents[1] / "shared" / "golden" / "wan_causal"
 ABLATIONS = {"published": {}, "no MSA": dict(msa=False), "frame-wise MCA": dict(mca="frame"),
              "no MCA": dict(mca="none"), "no RoPE in SA": dict(rope_sa=False),
              "no RoPE in CA": dict(mca="frame", rope_ca=False),
@@ -45,6 +49,33 @@ def test_base_parity_without_subjects():
                              before_BFNS=clip.states_BFNS, valid_BN=clip.valid_BN,
                              text_kv=model.dit.text(clip.text_BLD), attend=attend)
         assert torch.equal(got, base(x, t, clip.text_BLD, attend=attend))
+
+
+class WithoutSubjects:
+    """A party network of no subjects where the base is expected."""
+
+    def __init__(self, dit):
+        self.cfg, self.text, size = dit.cfg, dit.text, (dit.cfg.out_dim, 8, 8)
+        self.party = PartyDynamics(PartyConfig(latent_chw=size, wan=dit.cfg,
+                                               subjects=SubjectConfig(slots=0)))
+        self.party.dit = dit
+
+    def __call__(self, x, t, context=None, *, text_kv=None, **given):
+        none = torch.zeros(len(x), x.shape[2], 0, 2)
+        t = t[:, None].expand(-1, x.shape[2]) if t.ndim == 1 else t
+        return self.party.joint(x, none, t, actions_BGN=none[..., 0].long(), before_BFNS=none,
+                                valid_BN=none[:, 0, :, 0].bool(),
+                                text_kv=text_kv or self.text(context), **given)[0]
+
+
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"{FIXTURES} is absent")
+def test_base_fixtures_without_subjects(monkeypatch):
+    """N=0 reproduces the published base: forwards, masks, cached rollouts, guided UniPC."""
+    plain, made = golden_wan.model_of, []
+    monkeypatch.setattr(golden_wan, "model_of",
+                        lambda fixture: made.append(WithoutSubjects(plain(fixture))) or made[-1])
+    results = list(golden.run([FIXTURES]))
+    assert not [r.line() for r in results if r.reason] and len(made) >= 7
 
 
 def test_base_parity_with_empty_slots():
