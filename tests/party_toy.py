@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -199,22 +199,28 @@ def _swap(world: PartyWorld, start, at: np.ndarray, actions: np.ndarray, rules: 
 
 def train(rules: Rules, seconds: float, width: int = 64, layers: int = 3, batch: int = 24,
           frames: int = 5, lr: float = 4e-3, seed: int = 0, iterations: int = 10**9, said=None,
-          how: PartyLossConfig | None = None, **subjects) -> PartyDynamics:
-    """A model trained for so many seconds of CPU time, or iterations."""
+          alone: float = 0.55, how: PartyLossConfig | None = None, **subjects) -> PartyDynamics:
+    """A model trained for so many seconds of CPU time, or iterations.
+
+    The first share ``alone`` sees single frames with the one before beside them (cheap), the rest
+    whole clips: what a rollout's memory holds must have been seen in training.
+    """
     cfg = nano_config((3, rules.side, rules.side), width=width, layers=layers, window=4,
                       slots=rules.players, actions=len(MOVES), **subjects)
     model = PartyDynamics(cfg)
     model.initialize(torch.Generator().manual_seed(seed))
     opts = optimizers(model, LoopConfig(iterations=1, lr=lr, muon=True))
-    how = how or PartyLossConfig(forcing="alone", shift=3.0)
+    how = how or PartyLossConfig(shift=3.0)
     start, i = time.process_time(), 0
     while (done := max((time.process_time() - start) / seconds, i / iterations)) < 1:
         for o in opts:
             o.zero_grad()
             for g in o.param_groups:
                 g["lr"] = lr * min(1, (i + 1) / 50) * min(1.0, (1 - done) / 0.4 + 0.05)
-        loss, told = party_loss(model, cfg, clips(batch, frames, (seed, i), rules),
-                                torch.Generator().manual_seed(seed * 1_000_003 + i), how)
+        loss, told = party_loss(
+            model, cfg, clips(batch, frames, (seed, i), rules),
+            torch.Generator().manual_seed(seed * 1_000_003 + i),
+            replace(how, forcing="alone" if done < alone else "teacher"))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in opts:

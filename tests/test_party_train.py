@@ -42,9 +42,9 @@ def generator(seed=0):
 def test_learning_smoke():
     """Spec 4.9, 4.10: a few seconds of training bind actions: one-step accuracy >= 0.85."""
     rules = toy.Rules(side=4, players=2, walls=0, coins=0)
-    how = PartyLossConfig(forcing="alone", shift=3.0, jitter=0, drop_text=0, drop_actions=0,
-                          context_noise=0, full_noise=0.5, state_weight=3.0)
-    model = toy.train(rules, 1e9, layers=2, frames=3, lr=6e-3, iterations=170, how=how)
+    how = PartyLossConfig(shift=3.0, jitter=0, drop_text=0, drop_actions=0, context_noise=0,
+                          full_noise=0.5, state_weight=3.0)
+    model = toy.train(rules, 1e9, layers=2, frames=3, lr=6e-3, iterations=170, alone=1.0, how=how)
     found = toy.binding(model, rules, length=1)
     assert found["told"][0] >= 0.85 and found["told_moves"][0] >= 0.85, found
     assert found["others_stay"] > 0.9 and found["own_follows"] > 0.8, found
