@@ -39,7 +39,7 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
              episodes: int = 50, real: bool = False, until_separated: bool = False,
              out: str | Path | None = None, seed: int = REAL_SEEDS, slots: int = SLOTS,
              games: int = 8, horizon: int | None = None, alpha: float = 0.05, draw: bool = False,
-             progress: bool = True) -> Evaluation:
+             anywhere: bool = False, progress: bool = True) -> Evaluation:
     """Score policies in the dream, and with ``real`` in the real twin too.
 
     Episode e of every policy begins in the same state and meets the same noise. Finished blocks of
@@ -60,24 +60,36 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
         horizon: steps after which a dreamt episode is cut; default: the world's.
         alpha: chance that ``until_separated`` tells any equal pair apart.
         draw: draw actions from trained policies instead of taking the most probable one.
+        anywhere: begin at recorded moments anywhere in episodes, easy and dangerous ones. With a
+            short ``horizon`` policies share most of their luck, and far fewer episodes part them;
+            the value is that of the next steps of play, not of a whole episode.
 
     Raises:
         ConfigError: no policy, two of one name, one that does not fit this world, no real twin,
-            a folder begun with other settings. CheckpointError: an agent file is missing.
+            ``real`` with ``anywhere``, a folder begun with other settings. CheckpointError: an
+            agent file is missing.
     """
     for value, what in ((episodes, "episodes"), (slots, "slots"), (games, "games")):
         check_count(value, what)
+    if real and anywhere:
+        raise ConfigError("a real game cannot begin in the middle", given="real and anywhere",
+                          expected="one of the two", fix="leave out --anywhere to compare with the "
+                          "real game")
     task = _task(world, horizon)
     cast = _cast(policies, task, draw)
     maker = game_maker(task) if real else None
     width, error = max(1, slots // len(cast)), alpha if until_separated else None
     looks = _looks(episodes, error, len(cast))
     settings = _settings(task, cast, seed, episodes, width, draw, error)
+    if anywhere:  # told only where it is so: older folders stay readable
+        settings["anywhere"] = True
     ledger = Ledger(out or _default_out(settings), settings)
-    run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, progress)
+    run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, anywhere, progress)
     played, verdict = run.play(looks, width, error)
     found = Evaluation(str(task.name), {n: a.source for n, a in cast.items()}, played, episodes,
-                       unit(task), task.horizon, looks, verdict, folder=ledger.folder)
+                       unit(task), task.horizon, looks, verdict,
+                       frozenset(n for n, a in cast.items() if a.dreamt), anywhere,
+                       folder=ledger.folder)
     _write(found, ledger.folder)
     return found
 
@@ -99,6 +111,7 @@ class _Actor:
     policy: Policy
     source: str
     hash: str
+    dreamt: bool = False  # learned in a dream
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,7 @@ class _Run:
     seeds: range
     maker: Any
     games: int
+    anywhere: bool
     progress: bool
 
     def play(self, looks: Sequence[int], width: int,
@@ -151,7 +165,7 @@ class _Run:
         actors, seed = list(self.cast.values()), self.seeds[0]
         if place == "dream":
             done = dream_block(self.task, [a.policy for a in actors], block, self.seeds, seed,
-                               bar.update)
+                               bar.update, self.anywhere)
         else:
             done = [real_block(envs, a.policy, block, self.seeds, seed, bar.update)
                     for a in actors]
@@ -208,13 +222,14 @@ def _cast(policies: Sequence[str] | Mapping[str, str | Policy], task: Any,
         _check_fit(name, policy, spec)
         if draw and hasattr(policy, "deterministic"):
             policy.deterministic = False
-        cast[name] = _Actor(policy, text, fingerprint(text) if isinstance(source, str) else "")
+        cast[name] = _Actor(policy, text, fingerprint(text) if isinstance(source, str) else "",
+                            _facts(policy).get("where") == "dream")
     return cast
 
 
 def _check_fit(name: str, policy: Policy, spec: Any) -> None:
     """Refuse an agent that was trained for other actions or other frames."""
-    facts = getattr(getattr(policy, "player", policy), "facts", None)
+    facts = _facts(policy)
     if not facts:
         return
     action, frame_hw = ActionSpec.from_json(facts["action"]), tuple(facts["frame_hw"])
@@ -223,6 +238,11 @@ def _check_fit(name: str, policy: Policy, spec: Any) -> None:
                           given=f"{action}, frames {frame_hw}",
                           expected=f"{spec.action}, frames {tuple(spec.frame_hw)}",
                           fix="give the world it was trained in as --world, or another agent")
+
+
+def _facts(policy: Policy) -> Mapping[str, Any]:
+    """What an agent file says of its training, also beneath a ``noisy:``; empty for others."""
+    return getattr(getattr(policy, "player", policy), "facts", None) or {}
 
 
 def _settings(task: Any, cast: Mapping[str, _Actor], seed: int, episodes: int, width: int,

@@ -97,7 +97,12 @@ class World:
                            dynamics.cfg.recent + 1)
         # what else a state holds, and how its tensors look (for files): name -> (shape, dtype)
         self.extra: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self.action_features, self.table_rows = spec.action.features, 1
+        self.table_rows = 1  # per slot
+
+    @property
+    def pending_shape(self) -> tuple[int, ...]:
+        """Shape of what a slot keeps of its actions."""
+        return (self.spec.action.features,)
 
     # -- frames ------------------------------------------------------------------------------
 

@@ -286,7 +286,7 @@ def _check_tensors(path: str | Path, world, tensors: dict[str, Tensor], count: i
         name: (page, spec.dtype) for name in tensors if name.startswith("pages.")}
     wants |= {name: ((slots,), torch.int64) for name in WorldState.COUNTERS}
     wants |= {"history": ((slots, world.history, *world.spec.latent_chw), torch.float32),
-              "pending": ((slots, world.action_features), torch.float32),
+              "pending": ((slots, *world.pending_shape), torch.float32),
               "tables.pages": (table, torch.int64), "tables.frames": (table, torch.int64)}
     wants |= {f"extra.{k}": ((slots, *shape), kind) for k, (shape, kind) in world.extra.items()}
     for name, expected in wants.items():

@@ -91,7 +91,6 @@ class PartyWorld(World):
             "controls": ((self.history, sub.slots), torch.int64),
             "valid": ((sub.slots,), torch.bool), "ended": ((sub.slots,), torch.bool),
             "game": ((), torch.int64)}
-        self.action_features = sub.slots
         with torch.no_grad():
             texts = texts_GLD.to(self.device, torch.float32)
             self.text_kv = dynamics.dit.text(texts) if dynamics.cfg.wan.text_len else None
@@ -105,6 +104,10 @@ class PartyWorld(World):
             raise ConfigError("cells do not fit the games", given=tuple(cells_G4.shape),
                               expected=(self.games, 4), fix="give one row for every game")
         self.cells_G4 = None if cells_G4 is None else cells_G4.to(self.device, torch.float32)
+
+    @property
+    def pending_shape(self) -> tuple[int, ...]:
+        return (self.sub.slots,)
 
     # -- actions -----------------------------------------------------------------------------
 
