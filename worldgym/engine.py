@@ -193,7 +193,7 @@ class World:
                                  expected=(len(index), self.spec.frames_per_chunk, "..."),
                                  fix="give one action per generated frame")
             raw = raw[:, 0]
-        features = self.controls(raw, state, index)
+        features = self._controls(raw, state, index)
         part = state if slots is None else state.select(index)
         new, chunk = self._advance(part, features)
         chunk.slots = index
@@ -301,7 +301,7 @@ class World:
 
     # -- actions and checks ------------------------------------------------------------------
 
-    def controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
+    def _controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
         """Action features (n, A) of what was given to ``step`` for these slots, checked."""
         return self._features(self.spec.action.check(raw, len(index)))
 

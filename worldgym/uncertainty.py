@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from worldgym.engine import World
-from worldgym.errors import ConfigError
+from worldgym.errors import ConfigError, ShapeError
 from worldgym.state import WorldState
 
 AHEAD = 2  # steps of a fork: what the first one's noise made is what the second one is judged by
@@ -49,8 +49,10 @@ def _forked(world: World, state: WorldState, actions: object, forks: int,
         raise ConfigError("spread of too few forks", given=forks, expected="at least 2",
                           fix="use 4")
     actions = np.asarray(actions)
-    world.controls(actions, state, np.arange(state.num_slots))  # refused here, not among copies
-    held = np.repeat(actions, forks, axis=0)
+    if actions.shape[:1] != (state.num_slots,):
+        raise ShapeError("action batch has the wrong shape", given=actions.shape,
+                         expected=(state.num_slots, "..."), fix="give one action for every slot")
+    held = np.repeat(actions, forks, axis=0)  # the step checks the rest
     copies, chunks = state.fork(forks, fresh=True), []
     try:
         for _ in range(ahead):

@@ -120,7 +120,7 @@ class PartyWorld(World):
         checked = self.spec.action.check(array, n) - self.spec.action.start
         return torch.from_numpy(np.where(skip, self.sub.null, checked)).to(self.device).float()
 
-    def controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
+    def _controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
         plays = (state.extra["valid"] & ~state.extra["ended"]).cpu().numpy()[index]
         return self._numbers(raw, ~plays, len(index))
 
