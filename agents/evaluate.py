@@ -69,20 +69,13 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
             ``real`` with ``anywhere``, a folder begun with other settings. CheckpointError: an
             agent file is missing.
     """
-    for value, what in ((episodes, "episodes"), (slots, "slots"), (games, "games")):
-        check_count(value, what)
-    if real and anywhere:
-        raise ConfigError("a real game cannot begin in the middle", given="real and anywhere",
-                          expected="one of the two", fix="leave out --anywhere to compare with the "
-                          "real game")
+    _check_numbers(episodes, slots, games, real and anywhere)
     task = _task(world, horizon)
     cast = _cast(policies, task, draw)
     maker = game_maker(task) if real else None
     width, error = max(1, slots // len(cast)), alpha if until_separated else None
     looks = _looks(episodes, error, len(cast))
-    settings = _settings(task, cast, seed, episodes, width, draw, error)
-    if anywhere:  # told only where it is so: older folders stay readable
-        settings["anywhere"] = True
+    settings = _settings(task, cast, seed, episodes, width, draw, error, anywhere)
     ledger = Ledger(out or _default_out(settings), settings)
     run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, anywhere, progress)
     played, verdict = run.play(looks, width, error)
@@ -92,6 +85,15 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
                        folder=ledger.folder)
     _write(found, ledger.folder)
     return found
+
+
+def _check_numbers(episodes: int, slots: int, games: int, middle: bool) -> None:
+    for value, what in ((episodes, "episodes"), (slots, "slots"), (games, "games")):
+        check_count(value, what)
+    if middle:
+        raise ConfigError("a real game cannot begin in the middle", given="real and anywhere",
+                          expected="one of the two", fix="leave out --anywhere to compare with the "
+                          "real game")
 
 
 def _looks(episodes: int, alpha: float | None, policies: int) -> tuple[int, ...]:
@@ -246,7 +248,7 @@ def _facts(policy: Policy) -> Mapping[str, Any]:
 
 
 def _settings(task: Any, cast: Mapping[str, _Actor], seed: int, episodes: int, width: int,
-              draw: bool, alpha: float | None) -> dict[str, Any]:
+              draw: bool, alpha: float | None, anywhere: bool) -> dict[str, Any]:
     """Everything the numbers depend on; how many real games run in lockstep is not among it."""
     return {
         "format": 1, "world": str(task.name), "fingerprint": task.world.fingerprint,
@@ -254,7 +256,8 @@ def _settings(task: Any, cast: Mapping[str, _Actor], seed: int, episodes: int, w
         **{key: value if isinstance(value, str) else value.__qualname__
            for key, value in (("reward", task.reward), ("end", task.end))},
         "policies": [[name, actor.source, actor.hash] for name, actor in cast.items()],
-        "seed": seed, "episodes": episodes, "width": width, "draw": draw, "alpha": alpha}
+        "seed": seed, "episodes": episodes, "width": width, "draw": draw, "alpha": alpha,
+        **({"anywhere": True} if anywhere else {})}  # older folders stay readable
 
 
 def _default_out(settings: Mapping[str, Any]) -> Path:

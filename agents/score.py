@@ -200,8 +200,7 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
     world, per_chunk = task.world, int(task.world.spec.frames_per_chunk)
     who_R = np.repeat(np.arange(len(policies)), len(block))
     episode_R = np.tile(np.asarray(block, np.int64), len(policies))
-    for policy in policies:
-        policy.reset(len(seeds), seed)
+    _reset(policies, len(seeds), seed)
     state = _begin(task, [int(seeds[e]) for e in episode_R], anywhere)
     latents = as_numpy(state.latents_BCHW)
     shown = any(not _reads_latents(p) for p in policies)
@@ -228,6 +227,11 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
     return [Played.of(p.name, "dream", [int(seeds[e]) for e in block],
                       [rewards[r] for r in np.flatnonzero(who_R == k)], truncated_R[who_R == k])
             for k, p in enumerate(policies)]
+
+
+def _reset(policies: Sequence[Policy], slots: int, seed: int) -> None:
+    for policy in policies:
+        policy.reset(slots, seed)
 
 
 def check_horizon(task: Any) -> None:

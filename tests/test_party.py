@@ -1,379 +1,434 @@
-"""ActionParty's network: the must-pass list of specs/actionparty.md 4.9, and its files."""
+"""Recordings of several players without a simulator: store, clips, games table, scripted players,
+and what recorded traces of the real games say about who is alive."""
 
 import json
+import pickle
+import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import golden  # noqa: E402
-import golden_wan  # noqa: E402
-from party_tools import CHW, SLOTS, VIDEO, close, inputs, tiny_party  # noqa: E402
+from worldgym.actions import ActionSpec
+from worldgym.agents import cli
+from worldgym.agents.party import (
+    MIXTURE,
+    MOVES,
+    STEPS,
+    mixture,
+    party_policy,
+    route,
+    turn_towards,
+)
+from worldgym.data.chunks import ChunkSampler
+from worldgym.data.party import PartySampler, halved, open_party, split_party
+from worldgym.data.store import Episodes
+from worldgym.envs.party_games import ACTIONS, CELLS_HW, GAMES, INTERACT, SLOTS, game_named
+from worldgym.envs.party_scene import Scene
+from worldgym.errors import ConfigError, DatasetError
 
-from worldgym import checkpoint  # noqa: E402
-from worldgym.attention import attention  # noqa: E402
-from worldgym.errors import CheckpointError, ConfigError  # noqa: E402
-from worldgym.memory import Full, PagePool, PageSpec  # noqa: E402
-from worldgym.models import party  # noqa: E402
-from worldgym.models.party import PARTY_1_3B, PartyConfig, PartyDynamics  # noqa: E402
-from worldgym.models.party_layers import SubjectConfig  # noqa: E402
-from worldgym.models.wan import WanConfig, WanDiT, block_ids, causal_frame_mask, masked  # noqa: E402
-from worldgym.rollout import Block, CausalStepper  # noqa: E402
-
-FIXTURES = HERE.parents[1] / "shared" / "golden" / "wan_causal"
-ABLATIONS = {"published": {}, "no MSA": dict(msa=False), "frame-wise MCA": dict(mca="frame"),
-             "no MCA": dict(mca="none"), "no RoPE in SA": dict(rope_sa=False),
-             "no RoPE in CA": dict(mca="frame", rope_ca=False),
-             "state before beside": dict(beside=True), "pooled": dict(pooled=True)}
-every_ablation = pytest.mark.parametrize("how", ABLATIONS.values(), ids=ABLATIONS.keys())
+ROOT = Path(__file__).resolve().parent.parent
+TRACES = ROOT / "tests" / "traces"
+N, HW = 4, (4, 6)
 
 
-# ------------------------------------------------------------------------- spec 4.9, in its order
+def record(steps, players, seed, **changes):
+    """A made-up episode, ``players`` players in N slots; frame t shows t, rewards are 10 i + t."""
+    rng, rows = np.random.default_rng(seed), steps + 1
+    valid = np.arange(N) < players
+    actions = rng.integers(0, 8, (rows, N)).astype(np.int16)
+    actions[:, ~valid], actions[0] = -1, -1
+    rewards = (10 * np.arange(N) + np.arange(rows)[:, None]) * valid * 1.0
+    rewards[0] = 0
+    position = np.where(valid[:, None], np.arange(N)[:, None] / 10, np.nan)
+    last = np.arange(rows) == steps
+    return {
+        "frames": np.broadcast_to(np.arange(rows)[:, None, None, None], (rows, *HW, 3)).astype(
+            np.uint8), "actions": actions, "rewards": rewards.astype(np.float32),
+        "terminated": last & (seed % 2 == 0), "truncated": last & (seed % 2 == 1),
+        "info_position": np.broadcast_to(position, (rows, N, 2)).astype(np.float32),
+        "info_orientation": np.where(valid, np.arange(N), -1).astype(np.int8)[None].repeat(rows, 0),
+        "info_alive": valid[None].repeat(rows, 0), "info_valid": valid[None].repeat(rows, 0),
+        "info_ended": last[:, None] & valid, "seed": None, "policy": "|".join(["random"] * players),
+        **changes}
 
 
-def test_base_parity_without_subjects():
-    """N=0: the base, bit for bit, under training masks and with every token seeing every token."""
-    model, clip = tiny_party(slots=0), inputs(slots=0, absent=0)
-    x, t = clip.clean_BFChw.transpose(1, 2), 1000 * clip.sigma_BF
-    base = WanDiT(model.cfg.wan)
-    base.load_state_dict(model.dit.state_dict())
-    for frames in (None, causal_frame_mask(block_ids(5, 1)), causal_frame_mask(block_ids(5, 1), 3)):
-        attend = None if frames is None else masked(frames, VIDEO)
-        got, _ = model.joint(x, clip.states_BFNS, t, actions_BGN=clip.actions_BFN,
-                             before_BFNS=clip.states_BFNS, valid_BN=clip.valid_BN,
-                             text_kv=model.dit.text(clip.text_BLD), attend=attend)
-        assert torch.equal(got, base(x, t, clip.text_BLD, attend=attend))
+def build(folder, lengths=(7, 3, 12, 5)):
+    store = Episodes.create(folder, ActionSpec.discrete(8), HW, 8.0, {"game": folder.name}, N)
+    made = [record(steps, 2 + k % 3, k) for k, steps in enumerate(lengths)]
+    store.append(made[:2])
+    store.append(made[2:])
+    return store, made
 
 
-class WithoutSubjects:
-    """A party network of no subjects where the base is expected."""
-
-    def __init__(self, dit):
-        self.cfg, self.text, size = dit.cfg, dit.text, (dit.cfg.out_dim, 8, 8)
-        self.party = PartyDynamics(PartyConfig(latent_chw=size, wan=dit.cfg,
-                                               subjects=SubjectConfig(slots=0)))
-        self.party.dit = dit
-
-    def __call__(self, x, t, context=None, *, text_kv=None, **given):
-        none = torch.zeros(len(x), x.shape[2], 0, 2)
-        t = t[:, None].expand(-1, x.shape[2]) if t.ndim == 1 else t
-        return self.party.joint(x, none, t, actions_BGN=none[..., 0].long(), before_BFNS=none,
-                                valid_BN=none[:, 0, :, 0].bool(),
-                                text_kv=text_kv or self.text(context), **given)[0]
+@pytest.fixture(scope="module")
+def party(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("party")
+    build(folder / "long", (40, 50, 30, 35, 33))
+    build(folder / "short")
+    return folder
 
 
-@pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"{FIXTURES} is absent")
-def test_base_fixtures_without_subjects(monkeypatch):
-    """N=0 reproduces the published base: forwards, masks, cached rollouts, guided UniPC."""
-    plain, made = golden_wan.model_of, []
-    monkeypatch.setattr(golden_wan, "model_of",
-                        lambda fixture: made.append(WithoutSubjects(plain(fixture))) or made[-1])
-    results = list(golden.run([FIXTURES]))
-    assert not [r.line() for r in results if r.reason] and len(made) >= 7
+# ---- store
 
 
-def test_base_parity_with_empty_slots():
-    """Nobody there: the same numbers with subject tokens in the sequence."""
-    clip = inputs(absent=SLOTS)
-    without = replace(clip, **{k: getattr(clip, k)[:, :, :0] for k in
-                               ("states_BFNS", "state_noise_BFNS", "context_states_BFNS",
-                                "actions_BFN")}, valid_BN=clip.valid_BN[:, :0])
-    with_slots = tiny_party()
-    bare = PartyDynamics(replace(with_slots.cfg, subjects=SubjectConfig(slots=0)))
-    bare.dit.load_state_dict(with_slots.dit.state_dict())
-    close(clip(with_slots)[0], without(bare)[0])
+def test_store_keeps_every_player(party):
+    store, made = open_party(party)["short"], build_made()
+    assert (store.agents, len(store), store.steps) == (N, 4, 27)
+    assert store.fields["actions"] == (np.dtype(np.int16), (N,))
+    assert store.fields["rewards"] == (np.dtype(np.float32), (N,))
+    for i, episode in enumerate(made):
+        got = pickle.loads(pickle.dumps(store)).episode(i)
+        for key, value in episode.items():
+            same = np.array_equal(got[key], value, equal_nan=key == "info_position") if isinstance(
+                value, np.ndarray) else got[key] == value
+            assert same, key
+    store.verify()
+    assert store.take("rewards", [[1, 2]]).shape == (1, 2, N)
+    window = ChunkSampler(store, np.arange(4), 3, 5)(0)
+    assert window["actions"].shape == (5, 3, N)
 
 
-@every_ablation
-def test_slot_permutation_equivariance(how):
-    """Permuting states, actions, valid and their noise permutes the states' flow; not the video."""
-    model, clip = tiny_party(**how), inputs()
-    order = torch.tensor([2, 0, 3, 1])
-    moved = replace(clip, valid_BN=clip.valid_BN[:, order], **{
-        k: getattr(clip, k)[:, :, order] for k in
-        ("states_BFNS", "state_noise_BFNS", "context_states_BFNS", "actions_BFN")})
-    video, states = clip(model)
-    video_moved, states_moved = moved(model)
-    close(video_moved, video)
-    close(states_moved, states[:, :, order])
-    assert states.std() > 0.05 and video.std() > 0.05
+def build_made():
+    return [record(steps, 2 + k % 3, k) for k, steps in enumerate((7, 3, 12, 5))]
 
 
-def test_a_slot_embedding_breaks_the_symmetry():
-    model, clip = tiny_party(slot_embedding=True), inputs(absent=0)
-    model.subjects.slot.normal_(generator=torch.Generator().manual_seed(1))
-    order = torch.tensor([1, 0, 2, 3])
-    moved = replace(clip, **{k: getattr(clip, k)[:, :, order] for k in
-                             ("states_BFNS", "state_noise_BFNS", "context_states_BFNS",
-                              "actions_BFN")})
-    assert (moved(model)[0] - clip(model)[0]).abs().max() > 1e-3
+@pytest.mark.parametrize("change, word", [
+    ({"actions": np.full((4, N), 9, np.int16)}, "row 0|outside"),
+    ({"actions": np.zeros((4, N), np.int16)}, "row 0"),
+    ({"actions": np.array([[-1] * 4, [1, 1, -1, -1], [1, -1, -1, -1], [1, 1, -1, -1]], np.int16)},
+     "outside"),
+    ({"actions": np.array([[-1] * 4, [1, 1, -1, -1], [1, 1, 2, -1], [1, 1, 2, -1]], np.int16)},
+     "joins"),
+    ({"rewards": np.ones((4, N), np.float32)}, "row 0"),
+    ({"rewards": np.full((4, N), np.nan, np.float32)}, "not finite"),
+    ({"rewards": np.zeros(4, np.float32)}, "wrong shape"),
+])
+def test_store_refuses_what_makes_no_sense(tmp_path, change, word):
+    store = Episodes.create(tmp_path / "d", ActionSpec.discrete(8), HW, 8.0, {}, N)
+    with pytest.raises(Exception, match=word):
+        store.append([record(3, 2, 0, **change)])
+    assert len(Episodes.open(store.path)) == 0
 
 
-@pytest.mark.parametrize("msa", [True, False])
-def test_mask_table_entry_by_entry(msa):
-    """Table 4.4, read off what attention really lets through, frame by frame and token by token."""
-    model, frames, valid = tiny_party(msa=msa), 3, torch.tensor([[True, True, True, False]])
-    m, window = VIDEO + SLOTS, 2
-    attend = masked(causal_frame_mask(block_ids(frames, 1), window), m, model.within(valid))
-    q = torch.zeros(1, frames * m, 1, frames * m)
-    eye = torch.eye(frames * m)[None, :, None]  # the value of token k is the k-th unit vector
-    seen = attend(0, q, torch.zeros_like(eye), eye)[0, :, 0] > 0
-    for a in range(frames * m):
-        for b in range(frames * m):
-            (fq, tq), (fk, tk) = divmod(a, m), divmod(b, m)
-            i, j = tq - VIDEO, tk - VIDEO  # subject numbers; below 0: video
-            temporal = fk <= fq and fk >= fq + 1 - window
-            if j < 0:
-                kind = True  # video is seen by video and by subjects
-            elif i < 0:
-                kind = bool(valid[0, j])  # video sees the subjects that are there
-            else:
-                kind = bool(valid[0, j]) and (i == j or not msa)
-            assert bool(seen[a, b]) == (temporal and kind), (fq, tq, fk, tk)
+def test_several_players_need_one_discrete_action_each(tmp_path):
+    for spec in (ActionSpec.discrete(8, start=1), ActionSpec(kind="multi_binary", shape=(3,),
+                                                             sizes=(3,))):
+        with pytest.raises(DatasetError, match="player slots"):
+            Episodes.create(tmp_path / "d", spec, HW, 8.0, {}, N)
 
 
-def test_cross_attention_mask_entry_by_entry():
-    """Section 4.5: which tokens see which action tokens."""
-    valid, frames, window = torch.tensor([[True, True, False, True]]), 3, 2
-    index = torch.arange(frames)[None]
-    for mca in ("subject", "frame", "none"):
-        sub = tiny_party(mca=mca).subjects
-        sees = sub.sees_actions(index, index, valid, VIDEO, window)[0]
-        tokens = range(VIDEO, VIDEO + SLOTS) if mca == "subject" else range(VIDEO + SLOTS)
-        assert sees.shape == (frames * len(tokens), frames * SLOTS)
-        for row, (fq, tq) in enumerate((f, t) for f in range(frames) for t in tokens):
-            for column, (fk, j) in enumerate((f, j) for f in range(frames) for j in range(SLOTS)):
-                want = {"subject": fk == fq and j == tq - VIDEO,
-                        "frame": fk == fq and bool(valid[0, j]),
-                        "none": fq - window < fk <= fq and bool(valid[0, j])}[mca]
-                assert bool(sees[row, column]) == want
+def test_tools_for_one_player_refuse_it(party):
+    from worldgym.train.fit import FitConfig, fit
+
+    with pytest.raises(DatasetError, match="several players"):
+        open_party(party)["short"].one_player()
+    with pytest.raises(DatasetError, match="several players"):
+        fit(FitConfig(data=str(party / "short"), out=str(party / "world")))
 
 
-@every_ablation
-@pytest.mark.parametrize("forcing", ["teacher", "diffusion"])
-def test_causality_of_actions(how, forcing):
-    """Other actions at frame f: the frames before are the same bits, frame f is not."""
-    model, clip, frame = tiny_party(**how), inputs(), 3
-    actions = clip.actions_BFN.clone()
-    actions[:, frame, 0] = (actions[:, frame, 0] + 1) % 8
-    (video, states), (video2, states2) = (
-        c(model, forcing=forcing) for c in (clip, replace(clip, actions_BFN=actions)))
-    assert torch.equal(video[:, :frame], video2[:, :frame])
-    assert torch.equal(states[:, :frame], states2[:, :frame])
-    assert (states[:, frame] - states2[:, frame]).abs().max() > 1e-4
-    assert (video[:, frame] - video2[:, frame]).abs().max() > 1e-5
+# ---- clips
 
 
-@every_ablation
-def test_cached_rollout_is_the_teacher_forced_forward(how):
-    """Frame by frame through paged memory, at equal inputs, with a window as long as the clip."""
-    model, clip = tiny_party(**how), inputs()
-    b, f = clip.sigma_BF.shape
-    want_video, want_states = clip(model)
-    mix = [(1 - s) * x + s * n for x, n, s in (
-        (clip.clean_BFChw, clip.noise_BFChw, clip.sigma_BF[..., None, None, None]),
-        (clip.states_BFNS, clip.state_noise_BFNS, clip.sigma_BF[..., None, None]))]
-    noisy, clean = model.pack(*mix), model.pack(clip.clean_BFChw, clip.states_BFNS)
-    place = clip.context_states_BFNS
-    before = torch.cat([place[:, :1], place[:, :-1]], 1)
-    cfg = model.cfg.wan
-    pool = PagePool(PageSpec(layers=cfg.num_layers, heads=cfg.num_heads, head_dim=cfg.head_dim,
-                             tokens=VIDEO + SLOTS))
-    stepper = CausalStepper(model.network, pool, Full())
-    tables, text = stepper.empty(b), model.dit.text(clip.text_BLD)
-    for i in range(f):
-        keys = slice(0, i + 1) if model.cfg.subjects.mca == "none" else slice(i, i + 1)
-        given = {"actions_BGN": clip.actions_BFN[:, keys], "before_BFNS": before[:, i:i + 1],
-                 "action_frame_BG": torch.arange(f)[None, keys].expand(b, -1),
-                 "action_before_BGNS": before[:, keys], "valid_BN": clip.valid_BN, "text_kv": text}
-        block = Block(np.full((b, 1), i), given, model.within(clip.valid_BN))
-        x, t = noisy[:, :, i:i + 1], 1000 * clip.sigma_BF[:, i:i + 1]
-        with torch.no_grad():
-            flow = stepper._call(x, t, stepper.reader(tables, block), block.index_Bn, given)
-            tables, _ = stepper.commit(tables, clean[:, :, i:i + 1], 0.0, block)
-        video, states = model.unpack(flow)
-        close(video[:, 0], want_video[:, i])
-        close(states[:, 0], want_states[:, i])
+def sampler(party, **settings):
+    stores = open_party(party)
+    every = {name: np.arange(len(store)) for name, store in stores.items()}
+    given = {"frames": 4, "batch": 6, "permute": False} | settings
+    return PartySampler(stores, given.pop("ids", every), **given)
 
 
-@every_ablation
-def test_invalid_slot_content_is_irrelevant(how):
-    """Whatever is in an empty slot, NaN included: the same bits; its own flow is zero."""
-    model, clip = tiny_party(**how), inputs()
-    empty = {k: getattr(clip, k).clone() for k in
-             ("states_BFNS", "state_noise_BFNS", "context_states_BFNS", "actions_BFN")}
-    for name, value in empty.items():
-        value[:, :, -1] = 3 if name == "actions_BFN" else float("nan")
-    (video, states), (video2, states2) = clip(model), replace(clip, **empty)(model)
-    assert torch.equal(video, video2) and torch.equal(states, states2)
-    assert (states[:, :, -1] == 0).all() and (states[:, :, :-1] != 0).any()
-    there = replace(clip, valid_BN=torch.ones_like(clip.valid_BN))(model)
-    assert (there[0] - video).abs().max() > 1e-4  # a player more does change the picture
+def test_clips_stay_inside_episodes_and_rows_match(party):
+    clips, stores = sampler(party, batch=64), open_party(party)
+    batch = clips(3)
+    assert batch["frames"].shape == (64, 4, *HW, 3)
+    for b in range(64):
+        store = stores[clips.games[batch["game"][b]]]
+        rows = batch["rows"][b]
+        episode = np.searchsorted(store.starts, rows, side="right") - 1
+        assert len(set(episode)) == 1 and (np.diff(rows) == 1).all()
+        data, first = store.episode(int(episode[0])), rows[0] - store.starts[episode[0]]
+        part = slice(first, first + 4)
+        assert np.array_equal(batch["frames"][b], data["frames"][part])
+        assert np.array_equal(batch["actions"][b, 1:], data["actions"][part][1:])
+        assert np.array_equal(batch["rewards"][b, 1:], data["rewards"][part][1:])
+        assert (batch["actions"][b, 0] == -1).all() and not batch["rewards"][b, 0].any()
+        assert np.array_equal(batch["positions"][b], np.nan_to_num(data["info_position"][part]))
+        assert np.array_equal(batch["valid"][b], data["info_valid"][0])
+        assert np.array_equal(batch["ended"][b], data["info_ended"][part])
 
 
-def test_action_of_j_cannot_change_token_i_in_one_layer_with_frozen_video():
-    """One isolated block, video tokens replaced after it: only subject j hears its action."""
-    def run(how, actions):
-        model, clip = tiny_party(layers=1, **how), inputs(absent=0)
-        seen = {}
-        block = model.dit.blocks[0]
-        block.register_forward_hook(lambda m, a, y: seen.update(y=y))
-        replace(clip, actions_BFN=actions)(model, forcing="diffusion")
-        return seen["y"].unflatten(1, (5, -1))
-
-    actions = inputs(absent=0).actions_BFN
-    other = actions.clone()
-    other[:, :, 1] = (other[:, :, 1] + 1) % 8
-    for how in ({}, dict(msa=False)):  # within one layer, MSA comes before the actions
-        changed = (run(how, actions) - run(how, other)).abs().amax((0, 1, 3)) > 0
-        assert changed.tolist() == [False] * (VIDEO + 1) + [True] + [False] * 2
-    changed = (run(dict(mca="frame"), actions) - run(dict(mca="frame"), other)).abs()
-    assert (changed.amax((0, 1, 3)) > 0).all()
+def test_games_are_balanced_whatever_their_length(party):
+    clips = sampler(party, batch=500)
+    share = np.mean([clips(i)["game"].mean() for i in range(4)])
+    assert 0.45 < share < 0.55
+    assert len(clips) == sum(int((s.lengths - 2).clip(0).sum()) for s in open_party(party).values())
 
 
-def test_action_of_j_reaches_i_only_through_video_in_two_layers():
-    """MSA over layers: with the video's keys hidden from subjects, j's action never gets to i."""
-    def run(how, actions):
-        model, clip = tiny_party(**how), inputs(absent=0)
-        plain = model.within
-
-        def blind(valid):
-            see = plain(valid)
-            see[:, VIDEO:, :VIDEO] = False
-            return see
-
-        model.within = blind
-        return replace(clip, actions_BFN=actions)(model, forcing="diffusion")[1]
-
-    actions = inputs(absent=0).actions_BFN
-    other = actions.clone()
-    other[:, :, 1] = (other[:, :, 1] + 1) % 8
-    for how, isolated in (({}, True), (dict(msa=False), False), (dict(mca="frame"), False)):
-        moved = (run(how, actions) - run(how, other)).abs().amax((0, 1, 3)) > 0
-        assert moved.tolist() == ([False, True, False, False] if isolated else [True] * 4)
-    # with video in between it does, by the third layer: j hears, video sees j, i sees video
-    model, clip = tiny_party(layers=3), inputs(absent=0)
-    a, b = clip(model)[1], replace(clip, actions_BFN=other)(model)[1]
-    assert ((a - b).abs().amax((0, 1, 3)) > 0).all()
+def test_every_window_of_a_game_comes_up(party):
+    clips = sampler(party, batch=200)
+    seen = {(g, int(r[0])) for i in range(20) for out in [clips(i)]
+            for g, r in zip(out["game"].tolist(), out["rows"], strict=True)}
+    assert len(seen) == len(clips)
 
 
-# ------------------------------------------------------------------------- the ablations differ
+def test_batch_depends_on_seed_and_iteration_and_ranks_share_it(party):
+    whole = sampler(party, permute=True)(5)
+    again = sampler(party, permute=True)(5)
+    parts = [sampler(party, permute=True, rank=r, world_size=4)(5) for r in range(4)]
+    for key, value in whole.items():
+        assert np.array_equal(value, again[key])
+        assert np.array_equal(value, np.concatenate([p[key] for p in parts])), key
+    assert not np.array_equal(sampler(party)(5)["rows"], sampler(party)(6)["rows"])
+    assert not np.array_equal(sampler(party)(5)["rows"], sampler(party, seed=1)(5)["rows"])
 
 
-def test_every_ablation_is_a_different_network():
-    clip, told = inputs(), []
-    for how in ABLATIONS.values():
-        told.append(torch.cat([x.flatten() for x in clip(tiny_party(**how))]))
-    for i, a in enumerate(told):
-        for b in told[:i]:
-            assert (a - b).abs().max() > 1e-4
+def test_shuffled_slots_move_everything_of_a_player_together(party):
+    plain, mixed = sampler(party, batch=40)(1), sampler(party, batch=40, permute=True)(1)
+    assert np.array_equal(plain["frames"], mixed["frames"])
+    moved = 0
+    for b in range(40):
+        players = int(plain["valid"][b].sum())
+        assert mixed["valid"][b].sum() == players
+        for slot in np.flatnonzero(mixed["valid"][b]):
+            was = int(round(10 * float(mixed["positions"][b, 0, slot, 0])))  # slot i lies at i / 10
+            moved += was != slot
+            for key in ("actions", "rewards", "orientation", "alive", "ended", "positions"):
+                assert np.array_equal(mixed[key][b, :, slot], plain[key][b, :, was]), key
+    assert moved > 20
 
 
-def test_pooled_actions_do_not_know_whose_they_are():
-    model, clip = tiny_party(pooled=True), inputs(absent=0)
-    swapped = replace(clip, actions_BFN=clip.actions_BFN[:, :, [1, 0, 2, 3]])
-    for a, b in zip(clip(model), swapped(model), strict=True):
-        close(a, b)
-    bound = tiny_party()
-    assert (clip(bound)[1] - swapped(bound)[1]).abs().max() > 1e-2
+def test_extra_arrays_and_half_size(party):
+    stores = open_party(party)
+    extra = {name: {"latents": np.arange(store.rows, dtype=np.float32)[:, None] + 1000 * k}
+             for k, (name, store) in enumerate(stores.items())}
+    out = sampler(party, extra=extra, halve=True)(0)
+    assert np.array_equal(out["latents"][..., 0], out["rows"] + 1000 * out["game"][:, None])
+    assert out["frames"].shape[2:] == (2, 3, 3)
+    picture = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3)).astype(np.uint8)
+    mean = picture.reshape(2, 2, 2, 3, 2, 3).mean((2, 4))
+    assert np.array_equal(halved(picture), np.floor(mean + 0.5))
 
 
-def test_anchor_biases_attention_to_where_the_subject_was():
-    """The subject stands on its patch: same rotation as the video token there."""
-    model = tiny_party()
-    place = torch.tensor([[[[-0.75, -0.75], [0.25, -0.25], [0.75, 0.75], [0.0, 0.0]]]])
-    spots = model.subjects.positions(torch.tensor([[7]]), (4, 4), place)[0, 0]
-    for subject, patch in ((0, 0), (1, 6), (2, 15)):  # centre of row y, column x: 4 y + x
-        assert torch.equal(spots[VIDEO + subject], spots[patch])
-    assert spots[-1].tolist() == [7, 1.5, 1.5]
+def test_split_is_by_episode(party):
+    stores = open_party(party)
+    train, held = split_party(stores, 0.3)
+    for name, store in stores.items():
+        both = np.concatenate([train[name], held[name]])
+        assert sorted(both) == list(range(len(store))) and len(held[name])
+    rows = np.concatenate([sampler(party, ids=train, batch=50)(i)["rows"].ravel()[
+        np.repeat(sampler(party, ids=train, batch=50)(i)["game"] == 0, 4)] for i in range(3)])
+    starts = stores["long"].starts
+    assert not set(np.searchsorted(starts, rows, side="right") - 1) & set(held["long"])
 
 
-@pytest.mark.parametrize("forcing", ["teacher", "diffusion"])
-def test_facing_and_alive_are_diffused_too(forcing):
-    video, states = inputs(channels=7)(tiny_party(facing=True), forcing=forcing)
-    assert states.shape == (2, 5, SLOTS, 7) and (states[..., 6] != 0).any()
+@pytest.mark.parametrize("settings", [
+    {"frames": 1}, {"frames": 60}, {"batch": 0}, {"rank": 2}, {"seed": -1}, {"ids": {}}])
+def test_impossible_clips_are_refused(party, settings):
+    with pytest.raises((ConfigError, DatasetError)):
+        sampler(party, **settings)
 
 
-# ------------------------------------------------------------------------- sizes and files
+def test_folder_without_games_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="collect-party"):
+        open_party(tmp_path)
 
 
-def test_the_published_size():
-    with torch.device("meta"):
-        model = PartyDynamics(PARTY_1_3B)
-    base, new = model.dit.state_dict(), model.subjects.state_dict()
-    assert sum(v.numel() for v in base.values()) == 1_418_996_800 and len(base) == 825
-    assert PARTY_1_3B.grid_hw == (32, 32) and PARTY_1_3B.subjects.slots == 8
-    assert {k: tuple(v.shape) for k, v in new.items()} == {
-        "inputs.weight": (1536, 34), "inputs.bias": (1536,), "embedding.weight": (1536, 1536),
-        "embedding.bias": (1536,), "kind": (1536,), "absent": (1536,), "actions": (9, 1536),
-        "modulation": (1, 2, 1536), "head.weight": (2, 1536), "head.bias": (2,)}
+# ---- the table of games
 
 
-def native_folder(folder):
-    """A tiny base in the native layout."""
-    model = tiny_party(slots=0)
-    save_file({k: v.clone() for k, v in model.dit.state_dict().items()},
-              folder / "diffusion_pytorch_model.safetensors")
-    sizes = {k: getattr(model.cfg.wan, k) for k in ("dim", "ffn_dim", "num_heads", "num_layers",
-                                                    "in_dim", "out_dim", "freq_dim", "text_len",
-                                                    "text_dim")}
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", **sizes}))
-    return model
+def test_games_fit_the_frame_and_span_two_to_seven_players():
+    assert len(GAMES) >= 12
+    assert {n for g in GAMES.values() for n in g.players} == {2, 3, 4, 5, 6, 7}
+    for name, game in GAMES.items():
+        height, width = game.cells_hw
+        assert name == game.name and {len(row) for row in game.rows} == {width}
+        assert height <= CELLS_HW[0] and width <= CELLS_HW[1] and max(game.players) < SLOTS
+        assert json.loads(json.dumps(game.recipe()))["substrate"] == game.substrate
+        assert len(game.role_of(5)) in (0, 5)
+        assert any(char not in game.solid for row in game.rows for char in row)
+    with pytest.raises(ConfigError, match="coins"):
+        game_named("poker")
 
 
-def test_native_base_weights_load_strictly(tmp_path):
-    base = native_folder(tmp_path)
-    model = party.from_base(tmp_path)
-    for name, value in base.dit.state_dict().items():
-        assert torch.equal(model.dit.state_dict()[name], value)
-    new = model.subjects
-    assert (new.head.weight == 0).all() and (new.inputs.bias == 0).all()
-    for p in (new.actions, new.kind, new.absent, new.embedding.weight):
-        assert 0.01 < p.std() < 0.03
-    assert not any(p.is_meta for p in model.parameters())
-    clip = inputs()
-    cfg = replace(model.cfg, latent_chw=CHW, subjects=SubjectConfig(slots=SLOTS))
-    again = party.from_base(tmp_path, cfg)
-    assert (clip(again)[1] == 0).all()  # the output starts at zero
-    same = party.from_base(tmp_path, cfg)
-    assert torch.equal(same.subjects.actions, again.subjects.actions)
+# ---- scripted players
 
 
-def test_a_base_that_does_not_fit_is_refused(tmp_path):
-    native_folder(tmp_path)
-    tensors = checkpoint.load_tensors(tmp_path / "diffusion_pytorch_model.safetensors")[0]
-    save_file(tensors | {"extra": torch.zeros(1)},
-              tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(CheckpointError, match="1 extra tensor"):
-        party.from_base(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="no configuration"):
-        party.from_base(tmp_path)
+def scene(rows=None, cells=((1, 1), (6, 4)), facing=(0, 0), name="commons_harvest", apples=()):
+    game = GAMES[name]
+    frame = np.zeros((CELLS_HW[0] * 8, CELLS_HW[1] * 8, 3), np.uint8)
+    for x, y in apples:
+        frame[8 * y:8 * y + 8, 8 * x:8 * x + 8] = game.pickups[0]
+    return Scene(game, frame, np.array(cells), np.array(facing), np.ones(len(cells), bool))
 
 
-def test_configurations_read_back_and_refuse():
-    cfg = tiny_party(mca="frame").cfg
-    assert PartyConfig.from_json(json.loads(json.dumps(cfg.to_json()))) == cfg
-    with pytest.raises(ConfigError, match="cannot be read"):
-        PartyConfig.from_json({"wan": {}})
-    for wrong in (dict(mca="all"), dict(slots=-1), dict(actions=0)):
-        with pytest.raises(ConfigError):
-            SubjectConfig(**wrong)
-    with pytest.raises(ConfigError, match="latents and network"):
-        replace(cfg, latent_chw=(5, 8, 8))
-    with pytest.raises(ConfigError, match="cross-attention"):
-        replace(cfg, wan=WanConfig(dim=64, num_heads=4, in_dim=4, out_dim=4, text_len=0))
+def started(name, seed=0):
+    player = party_policy(name)
+    player.reset(np.random.default_rng(seed))
+    return player
 
 
-def test_without_a_mask_everything_sees_everything():
-    q, k, v = (torch.randn(1, 6, 2, 8, generator=torch.Generator().manual_seed(i))
-               for i in range(3))
-    within = torch.ones(1, 3, 3, dtype=torch.bool)
-    attend = masked(torch.ones(2, 2, dtype=torch.bool), 3, within)
-    close(attend(0, q, k, v), attention(q, k, v), 1e-6)
+@pytest.mark.parametrize("facing", range(4))
+def test_gatherer_walks_to_the_nearest_apple_whatever_it_faces(facing):
+    player, here = started("gather"), (2, 3)
+    for _ in range(8):
+        view = scene(cells=(here, (8, 6)), facing=(facing, 0), apples=((5, 3), (8, 1)))
+        action = player.act(view, 0)
+        assert action in MOVES
+        way = STEPS[(MOVES.index(action) + facing) % 4]
+        here = here[0] + way[0], here[1] + way[1]
+        if here == (5, 3):
+            break
+    assert here == (5, 3)
+
+
+def test_pickups_are_read_from_the_frame_at_both_sizes():
+    view = scene(apples=((5, 3), (1, 1), (6, 4)))
+    small = Scene(view.game, halved(view.frame), view.cells_N2, view.orientation_N, view.alive_N)
+    for s in (view, small):
+        assert sorted(s.pickups(0)) == [(1, 1), (5, 3)]  # (6, 4) is where the other player stands
+
+
+def test_chaser_turns_and_interacts():
+    other = (3, 3)
+    assert started("chase").act(scene(cells=((3, 5), other)), 0) == INTERACT
+    turn = started("chase").act(scene(cells=((3, 5), other), facing=(3, 0)), 0)
+    assert turn == turn_towards(0, 3)
+    far = started("chase").act(scene(cells=((3, 6), (3, 1))), 0)
+    assert far in MOVES
+
+
+def test_prey_does_not_hunt_and_teams_do_not_shoot_themselves():
+    prey = scene(cells=((3, 5), (3, 4)), name="predator_prey")
+    assert prey.roles == ("predator", "prey")
+    assert started("chase").act(prey, 0) == INTERACT
+    idle = started("chase")
+    assert np.mean([idle.act(prey, 1) == INTERACT for _ in range(300)]) < 0.2
+    team = scene(cells=((3, 5), (8, 1), (3, 4), (1, 1)), name="paintball")
+    assert started("chase").act(team, 0) != INTERACT
+
+
+def test_worker_faces_its_place_and_interacts():
+    view = scene(cells=((1, 1), (4, 2)), facing=(3, 0), name="cooking_cramped")
+    player = started("work")
+    player.stage, player.target, player.wait = 0, (0, 1), 10
+    assert player.act(view, 0) == INTERACT and player.wait == 0
+
+
+def test_dead_players_do_nothing_and_every_name_plays():
+    view = scene()
+    view.alive_N[0] = False
+    for name in ("wander", "gather", "chase", "work"):
+        assert started(name).act(view, 0) == 0
+    for text in MIXTURE:
+        player = started(text.partition("@")[0])
+        assert all(0 <= player.act(scene(apples=((2, 2),)), 1) < len(ACTIONS) for _ in range(20))
+        assert player.name == text.partition("@")[0].replace("random", "random:2", 1) or (
+            player.name == text.partition("@")[0])
+
+
+def test_kitchens_are_worked_in():
+    assert "work@0.3" in mixture(GAMES["cooking_cramped"])
+    assert all(mixture(GAMES[n]) == MIXTURE for n in ("coins", "clean_up", "territory"))
+
+
+def test_interact_can_be_made_more_likely_and_sticky_sticks():
+    often = started("random:8")
+    assert 0.4 < np.mean([often.act(scene(), 0) == INTERACT for _ in range(600)]) < 0.65
+    held = started("sticky:0.2")
+    got = np.array([held.act(scene(), 0) for _ in range(600)])
+    assert 0.75 < (got[1:] == got[:-1]).mean() < 0.92
+
+
+def test_no_way_is_no_way():
+    assert route((0, 0), [(2, 0)], {(0, 0)}, np.random.default_rng(0)) is None
+    assert route((0, 0), [], {(0, 0)}, np.random.default_rng(0)) is None
+
+
+@pytest.mark.parametrize("name", ["nobody", "sticky:0", "slips:2:gather", "slips:x:gather",
+                                  "random:many", "gather:3", "slips:0.1:nobody"])
+def test_unknown_players_are_refused(name):
+    with pytest.raises(ConfigError):
+        party_policy(name)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--games", "poker"], ["--policy", "gather@much"], ["--policy", "nobody"],
+    ["--steps", "0"], ["--cell-px", "5"], ["--steps", "1000000"],
+    ["--games", "coins", "--players", "7"]])
+def test_command_names_the_mistake(argv, tmp_path, capsys):
+    assert cli.main(["collect-party", "--out", str(tmp_path / "o"), *argv]) == 2
+    assert "Fix:" in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+# ---- recorded traces of the real games
+
+
+def trace(name):
+    data = dict(np.load(TRACES / f"{name}.npz"))
+    return data | {"events": json.loads(str(data["events"]))}
+
+
+def hit(events):
+    from worldgym.envs.meltingpot import removed
+
+    return removed([(name, values) for name, values in events])
+
+
+def test_zapped_players_are_out_for_five_frames_and_come_back():
+    pytest.importorskip("pettingzoo")
+    data, outs = trace("commons_harvest"), 0
+    alive = data["alive"]
+    for t in range(1, len(alive)):
+        fell = np.flatnonzero(alive[t - 1] & ~alive[t])
+        named = hit(data["events"][t])
+        assert set(fell) <= set(named)  # nobody vanishes without an event
+        assert not alive[t, named].any()  # and in this game a hit takes out
+        for i in fell:
+            rest = alive[t:t + 6, i]
+            if len(rest) == 6:
+                assert rest.tolist() == [False] * 5 + [True]
+                outs += 1
+        for i in np.flatnonzero(~alive[t] & ~alive[t - 1]):
+            assert (data["cells"][t, i] == data["cells"][t - 1, i]).all()
+    assert outs >= 5 and not data["finished"].any()
+
+
+def test_eaten_prey_is_gone_for_good():
+    pytest.importorskip("pettingzoo")
+    data = trace("predator_prey")
+    alive, roles = data["alive"], GAMES["predator_prey"].role_of(data["alive"].shape[1])
+    eaten = np.flatnonzero(~alive[-1])
+    assert len(eaten) and "prey" in {roles[i] for i in eaten}
+    assert (np.diff(alive.astype(int), axis=0) <= 0).all()  # nobody comes back
+    for i in eaten:
+        t = int(np.argmin(alive[:, i]))
+        assert hit(data["events"][t]) == [i] and data["finished"][t, i]
+
+
+def test_cells_of_the_living_move_as_their_actions_say():
+    """Displacements of the traces: one cell at most, in the direction facing and action give."""
+    data, agree, moved = trace("predator_prey"), 0, 0
+    for t in range(1, len(data["cells"])):
+        for i in range(data["cells"].shape[1]):
+            action = int(data["actions"][t, i])
+            way = tuple(data["cells"][t, i] - data["cells"][t - 1, i])
+            if way == (0, 0) or not data["alive"][t, i]:
+                continue
+            moved += 1
+            if action in MOVES:
+                turn = MOVES.index(action) + int(data["orientation"][t - 1, i])
+                agree += way == STEPS[turn % 4]
+    assert moved > 50 and agree == moved
+
+
+def test_missing_simulator_says_what_to_run():
+    pytest.importorskip("pettingzoo")
+    code = ("import sys; sys.modules['meltingpot.substrate'] = None\n"
+            "from worldgym.envs.meltingpot import MeltingPotEnv, available\n"
+            "from worldgym.errors import MissingDependencyError\n"
+            "assert not available()\n"
+            "try: MeltingPotEnv('coins')\n"
+            "except MissingDependencyError as e: print('make meltingpot' in str(e))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr

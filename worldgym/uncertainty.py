@@ -67,7 +67,7 @@ def _forked(world: World, state: WorldState, actions: object, forks: int,
     last = chunks[-1].end_probability_B if chunks[-1].danger_B is None else chunks[-1].danger_B
     survive = np.prod([1 - c.end_probability_B for c in chunks[:-1]] + [1 - last], axis=0)
     end = 1 - survive.reshape(-1, forks).mean(1)
-    paid = sum(c.reward_B.astype(np.float64) for c in chunks).reshape(-1, forks)
+    paid = np.sum([c.reward_B for c in chunks], axis=0, dtype=np.float64).reshape(-1, forks)
     most = np.abs(paid).max(1)
     share = np.divide(paid.var(1), most**2, out=np.zeros(len(most)), where=most > 0)
     return spread.astype(np.float32), np.sqrt(
