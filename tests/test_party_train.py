@@ -14,7 +14,7 @@ from party_tools import ACTIONS, CHW, SLOTS, close, tiny_party  # noqa: E402
 
 from worldgym.errors import ConfigError, ShapeError  # noqa: E402
 from worldgym.models.party import PartyDynamics, nano_config  # noqa: E402
-from worldgym.models.party_loss import PartyLossConfig, clip, party_loss  # noqa: E402
+from worldgym.models.party_loss import PartyLossConfig, batch_of, clip, party_loss  # noqa: E402
 from worldgym.models.party_outcome import (  # noqa: E402
     LearnedPartyOutcome,
     PartyOutcome,
@@ -150,6 +150,26 @@ def test_batches_that_do_not_fit_are_refused(name, value):
     for wrong in (dict(stage="both"), dict(forcing="none")):
         with pytest.raises(ConfigError):
             PartyLossConfig(**wrong)
+
+
+def test_batches_of_recorded_clips():
+    """What the sampler of multi-player recordings gives, as the losses want it."""
+    b, f, n = 2, 3, SLOTS
+    rng = np.random.default_rng(0)
+    sample = {"positions": rng.uniform(-1, 1, (b, f, n, 2)).astype("f"),
+              "orientation": np.tile(np.array([0, 1, 3, -1], np.int8), (b, f, 1)),
+              "alive": np.array([True, False, True, False])[None, None].repeat(b, 0).repeat(f, 1),
+              "ended": np.zeros((b, f, n), bool), "rewards": np.ones((b, f, n), "f"),
+              "actions": np.full((b, f, n), -1), "valid": np.array([[1, 1, 1, 0]] * b, bool),
+              "game": np.array([1, 0]), "latents": np.zeros((b, f, *CHW), np.float16)}
+    made = batch_of(sample, facing=True)
+    assert made["states_BFNS"][0, 0, :3, 2:].tolist() == [
+        [1, -1, -1, -1, 1], [-1, 1, -1, -1, -1], [-1, -1, -1, 1, 1]]
+    cfg = nano_config(CHW, games=2, width=32, layers=1, head=16, slots=n, actions=8, facing=True)
+    latents, states, actions, valid, text = clip(cfg, made)
+    assert latents.dtype == torch.float32 and text[:, 0].tolist() == [[0, 1], [1, 0]]
+    assert (states[:, :, 3] == 0).all() and (actions == 8).all() and valid.sum() == 6
+    assert batch_of(sample, facing=False)["states_BFNS"].shape == (b, f, n, 2)
 
 
 # ------------------------------------------------------------------------- the two stages

@@ -8,8 +8,9 @@ much each cell matters), ``cell_B2`` (size of a game cell, width and height over
 units), and for the heads ``rewards_BFN``, ``ended_BFN``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,3 +149,18 @@ def clip(cfg: PartyConfig, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
 def game_text(game_B: Tensor, games: int) -> Tensor:
     """The text of nano's games (B, 1, games): which one it is, as a one-hot row."""
     return one_hot(game_B.long(), games)[:, None].float()
+
+
+def batch_of(sample: Mapping[str, Any], facing: bool) -> dict[str, Tensor]:
+    """A batch for the losses from a ``PartySampler``'s clips with their ``latents`` (an extra).
+
+    ``facing``: states of seven channels (position, facing, alive) rather than two.
+    """
+    got = {k: torch.as_tensor(v) for k, v in sample.items()}
+    states = [got["positions"].float()]
+    if facing:
+        turned = one_hot(got["orientation"].long().clamp(0, 3), 4).float()
+        states += [2 * turned - 1, 2 * got["alive"].float()[..., None] - 1]
+    return {"latents_BFChw": got["latents"].float(), "states_BFNS": torch.cat(states, -1),
+            "actions_BFN": got["actions"], "valid_BN": got["valid"], "game_B": got["game"],
+            "rewards_BFN": got["rewards"], "ended_BFN": got["ended"]}
