@@ -16,7 +16,7 @@ import numpy as np
 
 from worldgym.agents import agreement, results, stats
 from worldgym.agents.agreement import Figure
-from worldgym.agents.score import Played, optimism, seed_text
+from worldgym.agents.score import Course, Played, optimism, seed_text
 from worldgym.agents.sequential import Verdict, repeated_interval
 from worldgym.agents.stats import Summary, difference, summary
 
@@ -54,8 +54,8 @@ class Evaluation:
     ``played``: name -> place -> episodes, equally many for all policies; ``sources``: name -> what
     made the policy; ``planned``: the most episodes there might be; ``horizon``: of the dream, in
     steps; ``looks`` and ``verdict``: of the sequential test, if there was one;
-    ``dreamers``: policies that learned in a dream; ``anywhere``: episodes begin at any recorded
-    moment; ``folder``: where it is written.
+    ``dreamers``: policies that learned in a dream; ``course``: where dreams began and
+    went on; ``by_danger``: they ended by danger (``Task.end``); ``folder``: where it is written.
     """
 
     world: str
@@ -67,7 +67,8 @@ class Evaluation:
     looks: tuple[int, ...] = ()
     verdict: Verdict | None = None
     dreamers: frozenset[str] = frozenset()
-    anywhere: bool = False
+    course: Course = Course()  # noqa: RUF009 (it is frozen)
+    by_danger: bool = False
     about: Mapping[str, Any] = field(default_factory=results.about)
     folder: Path | None = None
 
@@ -241,9 +242,15 @@ class Evaluation:
     def notes(self) -> list[str]:
         """What a reader must know before believing the numbers."""
         said = []
-        if self.anywhere:
+        if self.course.anywhere:
             said.append("Episodes begin at recorded moments anywhere in an episode: a value is "
                         f"what the next {self.horizon} steps bring, not a whole episode.")
+        if self.course.anchor:
+            said.append(f"Every {self.course.anchor} steps the dream went on from a recorded "
+                        "moment of the same age.")
+        if self.by_danger:
+            said.append("Dreams ended by the danger that recorded play knew of, whatever the dream "
+                        "made of it.")
         if self.episodes == 1:
             said.append("One episode per policy: there are no intervals.")
         elif self.episodes < stats.FEW:

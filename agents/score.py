@@ -176,20 +176,40 @@ def play_dream(
         for first in range(0, episodes, slots)])
 
 
+@dataclass(frozen=True, slots=True)
+class Course:
+    """Where dreams begin and how they go on.
+
+    ``anywhere``: begin at any recorded moment, not only where real episodes begin. ``anchor``: go
+    on from a recorded moment of the same age after every so many steps, which keeps what has gone
+    wrong in the dream from adding up.
+    """
+
+    anywhere: bool = False
+    anchor: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.anchor is not None:
+            check_count(self.anchor, "steps between anchors")
+
+    def settings(self) -> dict[str, Any]:
+        """What is set, as plain data."""
+        return {**({"anywhere": True} if self.anywhere else {}),
+                **({"anchor": self.anchor} if self.anchor else {})}
+
+
 def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], seeds: Sequence[int],
                 seed: int, progress: Callable[[int], None] | None = None,
-                anywhere: bool = False) -> list[Played]:
+                course: Course = Course()) -> list[Played]:  # noqa: B008 (it is frozen)
     """Play the episodes ``block`` with every policy, all of them in one batch of dream slots.
 
-    Policies share each episode's start state and noise, because both follow from the episode's
-    seed and the step alone (common random numbers).
+    Policies share each episode's start and noise: both follow from its seed and the step alone.
 
     Args:
         policies: act on frames, or on latents if they say so (``observes``).
-        block: episode numbers to play now.
-        seeds: one per episode of the whole experiment.
+        block: episodes to play now; seeds: one per episode of the whole experiment.
         seed: of the policies' own choices.
-        anywhere: begin at any recorded moment, not only where real episodes begin.
+        course: where dreams begin and go on.
 
     Raises:
         ConfigError: the task has no horizon. A policy's own errors come with its name.
@@ -201,14 +221,16 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
     who_R = np.repeat(np.arange(len(policies)), len(block))
     episode_R = np.tile(np.asarray(block, np.int64), len(policies))
     _reset(policies, len(seeds), seed)
-    state = _begin(task, [int(seeds[e]) for e in episode_R], anywhere)
-    latents = as_numpy(state.latents_BCHW)
+    keys_R = np.array([int(seeds[e]) for e in episode_R])
     shown = any(not _reads_latents(p) for p in policies)
-    frames = as_numpy(world.decode(state.latents_BCHW)) if shown else None
+    state, latents, frames = _begin(task, keys_R.tolist(), course.anywhere, shown)
     rewards: list[list[float]] = [[] for _ in who_R]
     truncated_R = np.zeros(len(who_R), bool)
     live, step = np.arange(len(who_R)), 0
     while len(live):
+        if course.anchor and step and step % course.anchor == 0:
+            state, latents, frames = _anchored(task, state, live, keys_R[live].tolist(), step,
+                                               shown)
         actions = _decide(policies, who_R[live], episode_R[live], latents, frames, step,
                           world.spec.action)
         state, chunk = world.step(state, actions, slots=live.tolist())
@@ -224,7 +246,7 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
         if progress:
             progress(int((~go_on).sum()))
     state.release()
-    return [Played.of(p.name, "dream", [int(seeds[e]) for e in block],
+    return [Played.of(p.name, "dream", keys_R[who_R == k].tolist(),
                       [rewards[r] for r in np.flatnonzero(who_R == k)], truncated_R[who_R == k])
             for k, p in enumerate(policies)]
 
@@ -242,11 +264,31 @@ def check_horizon(task: Any) -> None:
                           fix="load_task(id, horizon=525)")
 
 
-def _begin(task: Any, keys: list[int], anywhere: bool) -> Any:
-    """State of one dream per key, each at the beginning of an episode or anywhere in one."""
+def _begin(task: Any, keys: list[int], anywhere: bool,
+           decode: bool) -> tuple[Any, np.ndarray, np.ndarray | None]:
+    """One dream per key, at the beginning of an episode or anywhere in one, and what they show."""
     episodes = [0] * len(keys)
     index = task.starts.sample(keys, episodes, beginnings_only=not anywhere)
-    return task.world.begin(task.starts.gather(index), keys, episodes)
+    state = task.world.begin(task.starts.gather(index), keys, episodes)
+    return state, *_now(task.world, state.latents_BCHW, decode)
+
+
+def _now(world: Any, latents: Any, decode: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Latents and, if wanted, frames as arrays."""
+    return as_numpy(latents), as_numpy(world.decode(latents)) if decode else None
+
+
+def _anchored(task: Any, state: Any, live: np.ndarray, keys: list[int], step: int,
+              decode: bool) -> tuple[Any, np.ndarray, np.ndarray | None]:
+    """The live dreams moved to recorded moments ``step`` steps into an episode, and what they show.
+
+    Moment and noise follow from (seed, step), so that all policies go on from the same one.
+    """
+    index = task.starts.at_age(step, keys, [step] * len(keys))
+    moved = task.world.restart(state, live.tolist(), task.starts.gather(index), seeds=keys,
+                               episodes=[step] * len(keys))
+    state.release()
+    return moved, *_now(task.world, moved.latents_BCHW[live.tolist()], decode)
 
 
 def _shown(chunk: Any, rows: np.ndarray, last: np.ndarray, per_chunk: int,

@@ -12,7 +12,7 @@ from worldgym.agents import cli
 from worldgym.agents.evaluate import evaluate
 from worldgym.agents.evaluation_text import text
 from worldgym.agents.ladder import expand, ladder
-from worldgym.agents.score import dream_block, play_dream, play_real
+from worldgym.agents.score import Course, dream_block, play_dream, play_real
 from worldgym.agents.scripted import parse_policy
 from worldgym.errors import ActionError, ConfigError, WorldGymError
 
@@ -96,6 +96,54 @@ def test_anywhere_begins_within_episodes_and_says_so(folder, tmp_path, monkeypat
     with pytest.raises(ConfigError, match="cannot begin in the middle"):
         evaluate(folder, CAST, anywhere=True, real=True, out=tmp_path / "real", **given)
     assert not (tmp_path / "real").exists()
+
+
+def test_anchored_dreams_meet_again_at_recorded_moments(tmp_path):
+    task = toys.tiny_task(end="never", horizon=9)
+    moments = []
+
+    class Watch:
+        name = "watch"
+
+        def __init__(self, action):
+            self.action = action
+
+        def reset(self, slots, seed):
+            self.seen = {}
+
+        def act(self, frames, times, slots):
+            for frame, time, slot in zip(frames, times, slots, strict=True):
+                self.seen[int(time), int(slot)] = frame.copy()
+            return np.full(len(frames), self.action)
+
+    left, right = Watch(1), Watch(2)
+    sample = task.starts.at_age
+    object.__setattr__(task.starts, "at_age", lambda age, *a: (
+        moments.append(age), sample(age, *a))[1])
+    found = dream_block(task, [left, right], range(3), range(70, 73), 70, course=Course(anchor=4))
+    assert moments == [4, 8] and [p.lengths.tolist() for p in found] == [[9] * 3] * 2
+    for slot in range(3):
+        same = [np.array_equal(left.seen[t, slot], right.seen[t, slot]) for t in range(9)]
+        assert same == [True, False, False, False, True, False, False, False, True]
+    assert task.world.pool.stats()["pages_used"] == 0
+    evaluation = evaluate(task, ["random", "noop"], episodes=2, anchor=4, out=tmp_path,
+                          progress=False)
+    assert "Every 4 steps" in text(evaluation)
+    with pytest.raises(ConfigError, match="between anchors"):
+        evaluate(task, ["random"], anchor=0, progress=False)
+    with pytest.raises(ConfigError, match="other settings"):
+        evaluate(task, ["random", "noop"], episodes=2, out=tmp_path, progress=False)
+
+
+def test_ends_by_danger_are_told(folder, tmp_path):
+    given = {"episodes": 4, "progress": False}
+    by_danger = evaluate(folder, ["random", "noop"], end="danger", out=tmp_path / "d", **given)
+    assert "Dreams ended by the danger" in text(by_danger)
+    by_head = evaluate(folder, ["random", "noop"], out=tmp_path / "h", **given)
+    # without a danger head the danger is the end chance: the same ends, drawn by the same numbers
+    assert np.array_equal(by_danger.returns("dream"), by_head.returns("dream"))
+    with pytest.raises(ConfigError, match="unknown end"):
+        evaluate(folder, ["random"], end="sometime", **given)
 
 
 def test_json_has_the_agreed_form(found):

@@ -28,9 +28,9 @@ class Chunk:
 
     ``latents_BFChw``; ``reward_B`` float32, summed up to ``end_frame_B``; ``terminated_B`` bool;
     ``end_probability_B``; ``danger_B``: chance of an end within the next steps, as recorded play
-    went on (worlds say how many; else the end chance); ``end_frame_B``: index of the last frame
-    that counts; ``uncertainty_B``: fork spread, if it was asked for. ``frames()`` decodes on
-    first use.
+    went on (``ahead`` steps; 1: the end chance); ``draw_B``: the uniform numbers that decided the
+    ends; ``end_frame_B``: index of the last frame that counts; ``uncertainty_B``: fork spread, if
+    it was asked for. ``frames()`` decodes on first use.
     """
 
     slots: np.ndarray
@@ -41,6 +41,8 @@ class Chunk:
     end_frame_B: np.ndarray
     uncertainty_B: np.ndarray | None = None
     danger_B: np.ndarray | None = None
+    draw_B: np.ndarray | None = None
+    ahead: int = 1
     subjects: object = None
     decode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     _frames: Tensor | None = field(default=None, repr=False)
@@ -277,6 +279,7 @@ class World:
         b = len(latents_BChw)
         return Chunk(np.arange(b), latents_BChw[:, None], reward, terminated, chance,
                      np.zeros(b, np.int64), danger_B=danger_B.double().cpu().numpy(),
+                     draw_B=draw, ahead=getattr(self.outcome, "ahead", 1),
                      decode=self.decode), extra
 
     def noise(self, keys_B4: np.ndarray, number: int) -> Tensor:
