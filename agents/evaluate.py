@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from worldgym.actions import ActionSpec
 from worldgym.agents import results, sequential
+from worldgym.agents.course import Course, check_count
 from worldgym.agents.evaluation import Evaluation
 from worldgym.agents.games import game_maker, unit
 from worldgym.agents.ladder import expand, named
@@ -22,9 +23,7 @@ from worldgym.agents.ledger import Ledger, fingerprint
 from worldgym.agents.policy import Policy
 from worldgym.agents.score import (
     REAL_SEEDS,
-    Course,
     Played,
-    check_count,
     check_horizon,
     dream_block,
     opened,
@@ -40,8 +39,8 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
              episodes: int = 50, real: bool = False, until_separated: bool = False,
              out: str | Path | None = None, seed: int = REAL_SEEDS, slots: int = SLOTS,
              games: int = 8, horizon: int | None = None, alpha: float = 0.05, draw: bool = False,
-             anywhere: bool = False, anchor: int | None = None, end: str | None = None,
-             progress: bool = True) -> Evaluation:
+             anywhere: bool = False, anchor: int | None = None, expected: bool = False,
+             end: str | None = None, progress: bool = True) -> Evaluation:
     """Score policies in the dream, and with ``real`` in the real twin too.
 
     Episode e of every policy begins in the same state and meets the same noise. Finished blocks of
@@ -61,8 +60,8 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
         draw: draw actions from trained policies instead of taking the most probable one.
         anywhere: begin at recorded moments anywhere in episodes. With a short ``horizon`` policies
             share most of their luck, and far fewer episodes part them.
-        anchor: see ``Course``; end: "head" or "danger" (``Task``). With both, a dream's faults
-            neither add up nor pay, also for policies that learned in the dream.
+        anchor, expected: see ``Course``; end: "head" or "danger" (``Task``). With anchor and danger
+            a dream's faults neither add up nor pay, also for policies that learned in the dream.
 
     Raises:
         ConfigError: no policy, two of one name, one that does not fit this world, no real twin,
@@ -70,7 +69,7 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
             agent file is missing.
     """
     _check_numbers(episodes, slots, games, real and anywhere)
-    task, course = _task(world, horizon, end), Course(anywhere, anchor)
+    task, course = _task(world, horizon, end), Course(anywhere, anchor, expected)
     cast = _cast(policies, task, draw)
     maker = game_maker(task) if real else None
     width, error = max(1, slots // len(cast)), alpha if until_separated else None

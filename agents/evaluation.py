@@ -16,7 +16,8 @@ import numpy as np
 
 from worldgym.agents import agreement, results, stats
 from worldgym.agents.agreement import Figure
-from worldgym.agents.score import Course, Played, optimism, seed_text
+from worldgym.agents.course import WHOLE_LIVES, Course
+from worldgym.agents.score import Played, optimism, seed_text
 from worldgym.agents.sequential import Verdict, repeated_interval
 from worldgym.agents.stats import Summary, difference, summary
 
@@ -67,7 +68,7 @@ class Evaluation:
     looks: tuple[int, ...] = ()
     verdict: Verdict | None = None
     dreamers: frozenset[str] = frozenset()
-    course: Course = Course()  # noqa: RUF009 (it is frozen)
+    course: Course = WHOLE_LIVES
     by_danger: bool = False
     about: Mapping[str, Any] = field(default_factory=results.about)
     folder: Path | None = None
@@ -150,8 +151,13 @@ class Evaluation:
 
     @cached_property
     def paired_ratio(self) -> Figure | None:
-        """Episodes needed when paired over those needed when not, between dream neighbours."""
-        return agreement.paired_ratio(self.returns("dream"))
+        """Episodes needed when paired over those needed when not, between dream neighbours.
+
+        Where ends count by their chance, the unpaired episodes are plain ones, with ends drawn.
+        """
+        drawn = [at["dream"].drawn for at in self.played.values()]
+        plain = None if any(d is None for d in drawn) else np.stack(drawn)
+        return agreement.paired_ratio(self.returns("dream"), plain)
 
     @cached_property
     def drift(self) -> list[dict[str, Any]] | None:
@@ -248,6 +254,9 @@ class Evaluation:
         if self.course.anchor:
             said.append(f"Every {self.course.anchor} steps the dream went on from a recorded "
                         "moment of the same age.")
+        if self.course.expected:
+            said.append("Ends in the dream count by their chance and are not drawn; paired over "
+                        "unpaired episodes compares with plain ones, whose ends are drawn.")
         if self.by_danger:
             said.append("Dreams ended by the danger that recorded play knew of, whatever the dream "
                         "made of it.")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from worldgym.actions import ActionSpec
+from worldgym.agents.course import WHOLE_LIVES, Course, Tally, check_count
 from worldgym.agents.encode import as_numpy
 from worldgym.agents.policy import Policy
 from worldgym.agents.results import Row
@@ -28,7 +29,8 @@ class Played:
     """Returns and lengths of one policy's episodes, in the order of ``seeds``.
 
     ``truncated``: which episodes were cut (at the horizon, or by the game) rather than ended;
-    ``rewards``: one array per episode, what each of its steps paid.
+    ``rewards``: one array per episode, what each of its steps paid; ``drawn``: the returns with
+    ends drawn, where ``returns`` count ends by their chance (``Course.expected``).
     """
 
     policy: str
@@ -38,21 +40,26 @@ class Played:
     lengths: np.ndarray
     truncated: np.ndarray | None = None
     rewards: tuple[np.ndarray, ...] = ()
+    drawn: np.ndarray | None = None
 
     @classmethod
     def of(cls, policy: str, where: str, seeds: Sequence[int],
-           rewards: Sequence[Sequence[float] | np.ndarray], truncated: object) -> Played:
+           rewards: Sequence[Sequence[float] | np.ndarray], truncated: object,
+           drawn: np.ndarray | None = None) -> Played:
         """From what each step of each episode paid."""
         steps = tuple(np.asarray(r, np.float64) for r in rewards)
         return cls(policy, where, tuple(seeds), np.array([r.sum() for r in steps]),
-                   np.array([len(r) for r in steps], np.int64), np.asarray(truncated, bool), steps)
+                   np.array([len(r) for r in steps], np.int64), np.asarray(truncated, bool), steps,
+                   drawn)
 
     @classmethod
     def join(cls, parts: Sequence[Played]) -> Played:
         """One record of consecutive parts of the same policy in the same place."""
         return cls.of(parts[0].policy, parts[0].where, sum((p.seeds for p in parts), ()),
                       sum((p.rewards for p in parts), ()),
-                      np.concatenate([np.asarray(p.truncated, bool) for p in parts]))
+                      np.concatenate([np.asarray(p.truncated, bool) for p in parts]),
+                      None if parts[0].drawn is None else
+                      np.concatenate([p.drawn for p in parts if p.drawn is not None]))
 
     @property
     def summary(self) -> Summary:
@@ -176,31 +183,9 @@ def play_dream(
         for first in range(0, episodes, slots)])
 
 
-@dataclass(frozen=True, slots=True)
-class Course:
-    """Where dreams begin and how they go on.
-
-    ``anywhere``: begin at any recorded moment, not only where real episodes begin. ``anchor``: go
-    on from a recorded moment of the same age after every so many steps, which keeps what has gone
-    wrong in the dream from adding up.
-    """
-
-    anywhere: bool = False
-    anchor: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.anchor is not None:
-            check_count(self.anchor, "steps between anchors")
-
-    def settings(self) -> dict[str, Any]:
-        """What is set, as plain data."""
-        return {**({"anywhere": True} if self.anywhere else {}),
-                **({"anchor": self.anchor} if self.anchor else {})}
-
-
 def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], seeds: Sequence[int],
                 seed: int, progress: Callable[[int], None] | None = None,
-                course: Course = Course()) -> list[Played]:  # noqa: B008 (it is frozen)
+                course: Course = WHOLE_LIVES) -> list[Played]:
     """Play the episodes ``block`` with every policy, all of them in one batch of dream slots.
 
     Policies share each episode's start and noise: both follow from its seed and the step alone.
@@ -215,8 +200,6 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
         ConfigError: the task has no horizon. A policy's own errors come with its name.
     """
     check_horizon(task)
-    from worldgym.envs.outcome import judge
-
     world, per_chunk = task.world, int(task.world.spec.frames_per_chunk)
     who_R = np.repeat(np.arange(len(policies)), len(block))
     episode_R = np.tile(np.asarray(block, np.int64), len(policies))
@@ -224,9 +207,7 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
     keys_R = np.array([int(seeds[e]) for e in episode_R])
     shown = any(not _reads_latents(p) for p in policies)
     state, latents, frames = _begin(task, keys_R.tolist(), course.anywhere, shown)
-    rewards: list[list[float]] = [[] for _ in who_R]
-    truncated_R = np.zeros(len(who_R), bool)
-    live, step = np.arange(len(who_R)), 0
+    tally, live, step = Tally(len(who_R), course.expected), np.arange(len(who_R)), 0
     while len(live):
         if course.anchor and step and step % course.anchor == 0:
             state, latents, frames = _anchored(task, state, live, keys_R[live].tolist(), step,
@@ -234,12 +215,10 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
         actions = _decide(policies, who_R[live], episode_R[live], latents, frames, step,
                           world.spec.action)
         state, chunk = world.step(state, actions, slots=live.tolist())
-        reward, ended, last = judge(task, chunk, per_chunk)
-        for row, paid in zip(live, reward, strict=True):
-            rewards[row].append(float(paid))
+        ended, last = tally.count(task, chunk, per_chunk, live)
         step += 1
         go_on = ~ended & (step < task.horizon)
-        truncated_R[live] = ~ended & ~go_on
+        tally.cut(live[~ended & ~go_on])
         if go_on.any():
             latents, frames = _shown(chunk, np.flatnonzero(go_on), last[go_on], per_chunk, shown)
         live = live[go_on]
@@ -247,8 +226,7 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
             progress(int((~go_on).sum()))
     state.release()
     return [Played.of(p.name, "dream", keys_R[who_R == k].tolist(),
-                      [rewards[r] for r in np.flatnonzero(who_R == k)], truncated_R[who_R == k])
-            for k, p in enumerate(policies)]
+                      *tally.of(np.flatnonzero(who_R == k))) for k, p in enumerate(policies)]
 
 
 def _reset(policies: Sequence[Policy], slots: int, seed: int) -> None:
@@ -346,10 +324,3 @@ def _frame(obs: Any) -> np.ndarray:
 
 def _plain(action: np.ndarray) -> Any:
     return int(action) if np.ndim(action) == 0 and np.asarray(action).dtype.kind in "iu" else action
-
-
-def check_count(value: int, name: str) -> None:
-    """Raise ConfigError unless ``value`` is 1 or more."""
-    if not isinstance(value, int | np.integer) or value < 1:
-        raise ConfigError(f"impossible number of {name}", given=value, expected="1 or more",
-                          fix=f"pass {name}=20")

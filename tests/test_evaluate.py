@@ -9,10 +9,11 @@ import pytest
 import tests.agent_toys as toys
 from worldgym.actions import ActionSpec
 from worldgym.agents import cli
+from worldgym.agents.course import Course
 from worldgym.agents.evaluate import evaluate
 from worldgym.agents.evaluation_text import text
 from worldgym.agents.ladder import expand, ladder
-from worldgym.agents.score import Course, dream_block, play_dream, play_real
+from worldgym.agents.score import dream_block, play_dream, play_real
 from worldgym.agents.scripted import parse_policy
 from worldgym.errors import ActionError, ConfigError, WorldGymError
 
@@ -133,6 +134,22 @@ def test_anchored_dreams_meet_again_at_recorded_moments(tmp_path):
         evaluate(task, ["random"], anchor=0, progress=False)
     with pytest.raises(ConfigError, match="other settings"):
         evaluate(task, ["random", "noop"], episodes=2, out=tmp_path, progress=False)
+
+
+def test_expected_ends_are_the_same_on_average_and_vary_less(folder, tmp_path):
+    given = {"episodes": 80, "progress": False, "horizon": 8, "slots": 200}
+    plain = evaluate(folder, ["random", "noop"], out=tmp_path / "p", **given)
+    told = evaluate(folder, ["random", "noop"], expected=True, out=tmp_path / "e", **given)
+    for name in ("random", "noop"):
+        a, b = plain.played[name]["dream"], told.played[name]["dream"]
+        np.testing.assert_allclose(b.drawn, a.returns, atol=1e-4)  # the same dreams, ends drawn
+        assert abs(a.returns.mean() - b.returns.mean()) < 3 * a.returns.std() / 80**0.5
+        assert b.returns.std() < 0.9 * a.returns.std() and b.cut == 0
+        assert set(b.lengths) == {8}
+    assert told.paired_ratio.value < plain.paired_ratio.value
+    assert "count by their chance" in text(told)
+    again = evaluate(folder, ["random", "noop"], expected=True, out=tmp_path / "e", **given)
+    assert np.array_equal(again.played["noop"]["dream"].drawn, told.played["noop"]["dream"].drawn)
 
 
 def test_ends_by_danger_are_told(folder, tmp_path):

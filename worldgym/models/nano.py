@@ -151,7 +151,7 @@ class Nano(nn.Module):
             fingerprint=value_fingerprint(self), device=device, max_pages=max_pages)
 
 
-def value_fingerprint(nano: Nano, part: str = "") -> str:
+def value_fingerprint(nano: Any, part: str = "") -> str:
     """Hash of configuration and weight values (of one part): which world a state belongs to."""
     digest = hashlib.sha256(json.dumps(nano.cfg.to_json(), sort_keys=True).encode())
     for name, tensor in sorted((n, t) for n, t in nano.state_dict().items() if n.startswith(part)):
@@ -200,29 +200,32 @@ def tiny(seed: int = 0, action: ActionSpec | None = None, lively: bool = True,
     return nano.world()
 
 
-def save(nano: Nano, folder: str | Path, card: dict) -> None:
+def save(nano: Any, folder: str | Path, card: dict, kind: str = "worldgym.nano") -> None:
     """Write weights and card; ``card`` holds provenance and metrics as plain JSON values."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(folder / WEIGHTS, nano, {"kind": "worldgym.nano"})
+    checkpoint.save(folder / WEIGHTS, nano, {"kind": kind})
     part = folder / (CARD + ".part")
-    part.write_text(json.dumps({"kind": "worldgym.nano", "config": nano.cfg.to_json()} | card,
+    part.write_text(json.dumps({"kind": kind, "config": nano.cfg.to_json()} | card,
                                indent=1) + "\n")
     os.replace(part, folder / CARD)
 
 
-def load_nano(folder: str | Path, **changes: Any) -> Nano:
-    """Weights and configuration of a world folder; ``changes`` override configuration fields."""
+def read_config(folder: str | Path) -> dict:
+    """The configuration on a world folder's card."""
     folder = Path(folder)
     try:
-        card = json.loads((folder / CARD).read_text())
-        config = card["config"]
+        return json.loads((folder / CARD).read_text())["config"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError("no world in this folder", given=f"{folder} ({error})",
                               expected=f"{CARD} with a config, and {WEIGHTS}",
                               fix="fit a world first: worldgym fit --data ... --out ...") from error
-    nano = Nano(replace(NanoConfig.from_json(config), **changes))
-    return checkpoint.load_into(nano, folder / WEIGHTS)
+
+
+def load_nano(folder: str | Path, **changes: Any) -> Nano:
+    """Weights and configuration of a world folder; ``changes`` override configuration fields."""
+    nano = Nano(replace(NanoConfig.from_json(read_config(folder)), **changes))
+    return checkpoint.load_into(nano, Path(folder) / WEIGHTS)
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", **changes: Any) -> World:
