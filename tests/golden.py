@@ -32,7 +32,7 @@ from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-TABLES = ("golden_wan",)  # modules beside this file, each with a dict KINDS
+TABLES = ("golden_wan", "golden_wham")  # modules beside this file, each with a dict KINDS
 DEFAULT_ATOL = 1e-4
 
 

@@ -71,6 +71,8 @@ class World:
         max_pages: page budget of the pool.
     """
 
+    latent_dtype = torch.float32  # of what a codec makes; ids where latents are tokens
+
     def __init__(self, spec: WorldSpec, codec: Codec, dynamics: Dynamics, outcome: Any,
                  policy: SinkWindow, schedule: FewStep, *, temperature: float = 1.0,
                  context_noise: float = 0.0, fingerprint: str = "",
@@ -95,6 +97,11 @@ class World:
         self.stepper = CausalStepper(dynamics.network, self.pool, policy)
         self.history = max(outcome.frames if outcome else 1, spec.context_frames,
                            dynamics.cfg.recent + 1)
+
+    @property
+    def pending_shape(self) -> tuple[int, ...]:
+        """Shape of what a slot keeps of its actions; float32, or as the latents."""
+        return (self.spec.action.features,)
 
     # -- frames ------------------------------------------------------------------------------
 
@@ -127,24 +134,34 @@ class World:
                                            "episodes"),
                     "step_B": np.zeros(b, np.int64), "branch_B": np.zeros(b, np.int64),
                     "index_B": length_B - 1, "lengths_B": np.minimum(length_B, self.history)}
-        tables = Tables.empty(b)
-        if k > 1:
-            index = np.arange(k - 1)[None] - (k - length_B)[:, None]
-            index = np.where(index >= 0, index, -1)
-            there = torch.from_numpy(index >= 0).to(latents)[:, None, :, None, None]
-            past = latents[:, :-1].transpose(1, 2) * there
-            block = Block(index, {"cond_BFD": self._condition(features[:, :-1]),
-                                  "recent_BRFhw": before(past, self.dynamics.cfg.recent)})
-            tables = self.stepper.prefill(past, self.context_t, block)
+        tables = self._remember(latents, features, length_B)
         try:
             # before the start there is nothing: the oldest real frame stands in for what heads read
             reach = np.maximum(np.arange(k - self.history, k)[None], (k - length_B)[:, None])
             rows = torch.arange(b, device=self.device)[:, None]
             history = latents[rows, torch.from_numpy(reach).to(self.device)]
-            return WorldState(self.pool, self.fingerprint, tables, history, features[:, -1],
-                              counters)
+            return WorldState(self.pool, self.fingerprint, tables, history,
+                              self._first_pending(features), counters)
         finally:  # the state holds the pages now, or nobody does
             self.pool.decref(tables.pages_BP)
+
+    def _remember(self, latents_BKChw: Tensor, features_BKA: Tensor,
+                  length_B: np.ndarray) -> Tables:
+        """Tables with all frames of a start but the last in memory."""
+        b, k = latents_BKChw.shape[:2]
+        if k == 1:
+            return Tables.empty(b)
+        index = np.arange(k - 1)[None] - (k - length_B)[:, None]
+        index = np.where(index >= 0, index, -1)
+        there = torch.from_numpy(index >= 0).to(latents_BKChw)[:, None, :, None, None]
+        past = latents_BKChw[:, :-1].transpose(1, 2) * there
+        block = Block(index, {"cond_BFD": self._condition(features_BKA[:, :-1]),
+                              "recent_BRFhw": before(past, self.dynamics.cfg.recent)})
+        return self.stepper.prefill(past, self.context_t, block)
+
+    def _first_pending(self, features_BKA: Tensor) -> Tensor:
+        """What a state at its start keeps of the actions that led to the start's frames."""
+        return features_BKA[:, -1]
 
     def restart(self, state: WorldState, slots: object, starts: Starts,
                 seeds: Sequence[int] | None = None,
@@ -193,7 +210,7 @@ class World:
     def _advance(self, state: WorldState, action_BA: Tensor) -> tuple[WorldState, Chunk]:
         keys = state.keys_B4
         end_B, rewards_B2, danger_B = self._outcome(state, action_BA)
-        latents, tables = self._generate(state, action_BA, keys)
+        latents, tables, pending = self._generate(state, action_BA, keys)
         try:
             draw = uniform(keys, PASSES["end"], 1).numpy()[:, 0]
             chance = end_B.double().cpu().numpy()
@@ -205,7 +222,7 @@ class World:
                 "index_B": state.index_B + 1, "step_B": state.step_B + 1,
                 "lengths_B": np.minimum(state.lengths_B + 1, self.history),
                 "seed_B": state.seed_B, "episode_B": state.episode_B, "branch_B": state.branch_B}
-            new = WorldState(self.pool, self.fingerprint, tables, history, action_BA, counters)
+            new = WorldState(self.pool, self.fingerprint, tables, history, pending, counters)
         finally:  # the new state holds the pages now, or nobody does
             self.pool.decref(_unowned(tables, state.tables))
         chunk = Chunk(np.arange(len(keys)), latents[:, None], reward, terminated, chance,
@@ -214,8 +231,10 @@ class World:
         return new, chunk
 
     def _generate(self, state: WorldState, action_BA: Tensor,
-                  keys: np.ndarray) -> tuple[Tensor, Tables]:
-        """Latents (B, C, h, w) of the next frame, and the tables with the current one committed."""
+                  keys: np.ndarray) -> tuple[Tensor, Tables, Tensor]:
+        """Latents (B, C, h, w) of the next frame, the tables with the current one committed, and
+        what the next state keeps of the actions.
+        """
         pending, cond = self._condition(state.pending_BA[:, None]), self._condition(
             action_BA[:, None])
         recent = self._recent(state)
@@ -233,7 +252,7 @@ class World:
         except BaseException:
             self.pool.decref(_unowned(tables, state.tables))
             raise
-        return x0[:, :, 0], tables
+        return x0[:, :, 0], tables, action_BA
 
     def noise(self, keys_B4: np.ndarray, number: int) -> Tensor:
         """The sampler's noise (B, C, 1, h, w) of pass ``number`` for slots with these keys."""
@@ -276,12 +295,7 @@ class World:
                              expected=("slots >= 1", "frames", *self.spec.latent_chw),
                              fix="encode start frames with World.encode")
         b, k = latents.shape[:2]
-        if not latents.is_floating_point():
-            raise DTypeError("start latents have the wrong dtype", given=latents.dtype,
-                             expected="float32", fix="encode start frames with World.encode")
-        if not bool(torch.isfinite(latents).all()):
-            raise NotFiniteError("start latents are not finite", given="NaN or infinity",
-                                 expected="finite latents", fix="check the start bank")
+        self._check_latents(latents)
         if k > self.spec.context_frames + 1:
             raise ShapeError("start is too long", given=f"{k} frames",
                              expected=f"at most {self.spec.context_frames + 1}",
@@ -304,7 +318,16 @@ class World:
         if not unused.all():
             flat[~unused] = action.check(actions.reshape(flat.shape)[~unused])
         features = self._features(flat, unused).unflatten(0, (b, k))
-        return latents.to(self.device, torch.float32), features, length_B
+        return latents.to(self.device, self.latent_dtype), features, length_B
+
+    def _check_latents(self, latents: Tensor) -> None:
+        """Raise a named error unless latents of the right shape hold usable values."""
+        if not latents.is_floating_point():
+            raise DTypeError("start latents have the wrong dtype", given=latents.dtype,
+                             expected="float32", fix="encode start frames with World.encode")
+        if not bool(torch.isfinite(latents).all()):
+            raise NotFiniteError("start latents are not finite", given="NaN or infinity",
+                                 expected="finite latents", fix="check the start bank")
 
 
 def _unowned(new: Tables, old: Tables) -> np.ndarray:
