@@ -275,7 +275,7 @@ def policy(fixture: Fixture, model: Wham) -> Iterator[Check]:
 
 
 def server(fixture: Fixture, model: Wham, images: Tensor, given: np.ndarray) -> Iterator[Check]:
-    """One step in world space, the newest frame of slot 0 replaced by other ids."""
+    """One step from frames and bins, the newest frame of slot 0 replaced by other ids."""
     f = model.cfg.seq_len
     images = images[:, :f].clone()
     images[0, -1] = fixture["server.override_tokens"]
@@ -286,8 +286,8 @@ def server(fixture: Fixture, model: Wham, images: Tensor, given: np.ndarray) -> 
         "server.image_tokens"].view(len(images), 1, -1), EXACT)
     yield Check("server.images", chunk.frames().permute(0, 1, 4, 2, 3), fixture["server.images"],
                 frames(fixture))
-    values = torch.from_numpy(wham_actions.world_values(world.proposal(state)))[:, None]
-    yield Check("server.actions", values, fixture["server.actions"], EXACT)
+    bins = torch.from_numpy(world.proposal(state))[:, None]
+    yield Check("server.actions", bins, fixture["server.actions"], EXACT)
 
 
 KINDS = {
