@@ -54,22 +54,22 @@ def gpt(fixture: Fixture) -> Iterator[Check]:
         model = GPT(GPTConfig.from_dict(fixture.get("config")))
     sd = {k: v for k, v in weights(fixture).items() if k != "lm_head.weight"}
     model = load_into(model, sd).eval()
-    ids, targets = fixture["tokens"], fixture["targets"]
+    ids, targets, net = fixture["tokens"], fixture["targets"], model.network()
     logits = model(ids)
     yield Check("logits", logits, fixture["logits"], LOGITS)
     rows, count = ids.shape
-    last = model.hidden(ids, torch.arange(count), last=4)[:, -1:]
-    yield Check("last_logits", model.logits(last), fixture["last_logits"], LOGITS)
+    last = net.hidden(ids, torch.arange(count), last=4)[:, -1:]
+    yield Check("last_logits", net.logits(last), fixture["last_logits"], LOGITS)
     mean = losses(logits, targets).mean().view(1)
     yield Check("mean_loss", mean, fixture["mean_loss"], LOGITS)
     masked = losses(logits, targets, fixture["loss_mask"])
     yield Check("masked_loss", masked, fixture["masked_loss"], LOGITS)
-    cache, made = StaticCache(model.cfg, rows, count, model.transformer["wte"].weight), []
+    cache, made = StaticCache(model.cfg, rows, count, net.wte), []
     start, size = 0, int(fixture.get("prefill_len"))
     while start < count:
-        x = model.hidden(ids[:, start:start + size], torch.arange(start, start + size),
+        x = net.hidden(ids[:, start:start + size], torch.arange(start, start + size),
                          cache.extend(start, size))
-        made.append(model.logits(x[:, -1:]))
+        made.append(net.logits(x[:, -1:]))
         start, size = start + size, 1
     yield Check("incremental_logits", torch.cat(made, 1), fixture["incremental_logits"], LOGITS)
 
@@ -174,7 +174,7 @@ class Recorder:
         self.model, self.rows = model, []
 
     def __call__(self, states_BD: Tensor) -> None:
-        self.rows.append(self.model.gpt.logits(states_BD))
+        self.rows.append(self.model.gpt.network().logits(states_BD))
 
     def take(self) -> Tensor:
         rows, self.rows = torch.stack(self.rows, 1), []

@@ -7,7 +7,7 @@ default for whole sequences, a static cache while decoding). The ViT tokeniser u
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +77,46 @@ class _MLP(nn.Module):
         self.c_fc = nn.Linear(dim, 4 * dim, bias=bias)
         self.c_proj = nn.Linear(4 * dim, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+class Pair(NamedTuple):
+    """Weight and bias, where there are any."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Layer(NamedTuple):
+    """The tensors of one block: looking them up in modules costs more than a small product."""
+
+    heads: int
+    ln_1: Pair
+    qkv: Pair
+    out: Pair
+    ln_2: Pair
+    up: Pair
+    down: Pair
+
+    def forward(self, x_BTD: Tensor, attend: Attend, number: int = 0,
+                last: int | None = None) -> Tensor:
+        """Next (B, T, D); with ``last`` only that many newest tokens ask, all are seen."""
+        size = x_BTD.shape[-1]
+        y = F.layer_norm(x_BTD, (size,), *self.ln_1)
+        weight, bias = self.qkv
+        assert weight is not None
+        if last is None or last >= y.shape[1]:
+            q, k, v = F.linear(y, weight, bias).view(
+                *y.shape[:2], 3, self.heads, size // self.heads).unbind(2)
+        else:
+            parts = (None, None) if bias is None else (bias[:size], bias[size:])
+            q = F.linear(y[:, -last:], weight[:size], parts[0])
+            q = q.view(len(q), last, self.heads, -1)
+            k, v = F.linear(y, weight[size:], parts[1]).view(
+                *y.shape[:2], 2, self.heads, size // self.heads).unbind(2)
+            x_BTD = x_BTD[:, -last:]
+        seen = attend(number, q, k, v)
+        x_BTD = x_BTD + F.linear(seen.reshape(x_BTD.shape), *self.out)
+        y = F.linear(F.layer_norm(x_BTD, (size,), *self.ln_2), *self.up)
+        return x_BTD + F.linear(F.gelu(y, approximate="tanh"), *self.down)
 
 
 class Block(nn.Module):
@@ -92,23 +130,14 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(dim, parametric_norms, bias)
         self.mlp = _MLP(dim, bias)
 
-    def forward(self, x_BTD: Tensor, attend: Attend, layer: int = 0,
-                last: int | None = None) -> Tensor:
-        """Next (B, T, D); with ``last`` only that many newest tokens ask, all are seen."""
-        y, dim = self.ln_1(x_BTD), x_BTD.shape[-1]
-        if last is None or last >= y.shape[1]:
-            q, k, v = self.attn.c_attn(y).split(dim, -1)
-        else:
-            weight, bias = self.attn.c_attn.weight, self.attn.c_attn.bias
-            parts = (None, None) if bias is None else (bias[:dim], bias[dim:])
-            q = F.linear(y[:, -last:], weight[:dim], parts[0])
-            k, v = F.linear(y, weight[dim:], parts[1]).split(dim, -1)
-            x_BTD = x_BTD[:, -last:]
-        split = (self.heads, dim // self.heads)
-        seen = attend(layer, q.unflatten(-1, split), k.unflatten(-1, split),
-                      v.unflatten(-1, split))
-        x_BTD = x_BTD + self.attn.c_proj(seen.flatten(2))
-        return x_BTD + self.mlp(self.ln_2(x_BTD))
+    def layer(self) -> Layer:
+        """The tensors as they are now."""
+        parts = (self.ln_1, self.attn.c_attn, self.attn.c_proj, self.ln_2, self.mlp.c_fc,
+                 self.mlp.c_proj)
+        return Layer(self.heads, *(Pair(p.weight, p.bias) for p in parts))
+
+    def forward(self, x_BTD: Tensor, attend: Attend) -> Tensor:
+        return self.layer().forward(x_BTD, attend)
 
 
 def causal(layer: int, q_BQNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor) -> Tensor:
@@ -123,6 +152,33 @@ def causal(layer: int, q_BQNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor) -> Tensor
 def everyone(layer: int, q_BQNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor) -> Tensor:
     """An ``attend`` without a mask."""
     return attention(q_BQNE, k_BKNE, v_BKNE)
+
+
+class Network(NamedTuple):
+    """The tensors of a GPT, and what is computed with them."""
+
+    wte: Tensor
+    wpe: Tensor
+    layers: list[Layer]
+    norm: Pair
+
+    def hidden(self, ids_BT: Tensor, positions: Tensor, attend: Attend = causal,
+               last: int | None = None) -> Tensor:
+        """Final states (B, T, D), before the last norm; positions (T,) or (B, T).
+
+        ``last``: only that many newest tokens are wanted; the last layer then computes keys and
+        values of all tokens and everything else of these alone.
+        """
+        x = F.embedding(ids_BT, self.wte) + F.embedding(positions, self.wpe)
+        top = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            x = layer.forward(x, attend, number, last if number == top else None)
+        return x if last is None else x[:, -last:]
+
+    def logits(self, x: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """Logits (..., high - low) of the ids low..high-1 for final states (..., D)."""
+        rows = F.layer_norm(x, x.shape[-1:], *self.norm)
+        return F.linear(rows, self.wte[low:high])
 
 
 class GPT(nn.Module):
@@ -142,7 +198,6 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(cfg.n_embd, cfg.n_head, cfg.bias, cfg.version == 1)
                                for _ in range(cfg.n_layer)),
             "ln_f": LayerNorm(cfg.n_embd, bias=cfg.bias)})
-        self.blocks = list(cast(nn.ModuleList, self.transformer["h"]))
 
     def initialize(self, generator: torch.Generator) -> None:
         """Fresh weights: N(0, 0.02), residual projections smaller by sqrt(2 * layers)."""
@@ -160,33 +215,19 @@ class GPT(nn.Module):
         """Where the weights are."""
         return self.transformer["wte"].weight.device  # type: ignore[union-attr,return-value]
 
-    def embed(self, ids_BT: Tensor, positions: Tensor) -> Tensor:
-        """Token plus position embeddings (B, T, D); positions (T,) or (B, T)."""
-        return self.transformer["wte"](ids_BT) + self.transformer["wpe"](positions)
-
-    def hidden(self, ids_BT: Tensor, positions: Tensor, attend: Attend = causal,
-               last: int | None = None) -> Tensor:
-        """Final states (B, T, D), before the last norm.
-
-        ``last``: only that many newest tokens are wanted; the last layer then computes keys and
-        values of all tokens and everything else of these alone.
-        """
-        x = self.embed(ids_BT, positions)
-        top = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            x = block(x, attend, layer, last if layer == top else None)
-        return x if last is None else x[:, -last:]
-
-    def logits(self, x: Tensor, low: int = 0, high: int | None = None) -> Tensor:
-        """Logits (..., high - low) of the ids low..high-1 for final states (..., D)."""
-        rows = self.transformer["ln_f"](x)
-        return F.linear(rows, self.transformer["wte"].weight[low:high])  # type: ignore[index]
+    def network(self) -> "Network":
+        """The tensors as they are now, for many calls."""
+        parts = self.transformer
+        blocks = cast(nn.ModuleList, parts["h"])
+        tokens, places, norm = (cast(Any, parts[name]) for name in ("wte", "wpe", "ln_f"))
+        return Network(tokens.weight, places.weight, [cast(Block, b).layer() for b in blocks],
+                       Pair(norm.weight, norm.bias))
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits (B, T, V) of every position of whole sequences."""
         check_ids(ids_BT, self.cfg)
-        positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        return self.logits(self.hidden(ids_BT, positions))
+        network, positions = self.network(), torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        return network.logits(network.hidden(ids_BT, positions))
 
 
 def check_ids(ids_BT: Tensor, cfg: GPTConfig) -> None:

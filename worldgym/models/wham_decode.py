@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worldgym.attention import attention
 from worldgym.errors import ConfigError
-from worldgym.models.gpt import StaticCache, at_least
+from worldgym.models.gpt import Network, StaticCache, at_least
 from worldgym.models.sampling import Sampling, distribution, draw
 from worldgym.models.wan import MIN_ROWS
 from worldgym.models.wham import Wham
@@ -57,7 +57,7 @@ def sampler(how: Sampling, uniform_BM: Tensor) -> Choose:
 
 def prefill(model: Wham, groups: Sequence[Group]) -> Tensor:
     """Final states (B, D) of every slot's last known token; fills the caches."""
-    states = []
+    states, network = [], model.gpt.network()
     for group in groups:
         new = group.ids_GT[:, group.known:]
         positions = torch.arange(group.known, group.length, device=new.device)
@@ -68,7 +68,7 @@ def prefill(model: Wham, groups: Sequence[Group]) -> Tensor:
         if len(new) > rows:
             attend = _first(rows, attend)
         last = min(new.shape[1], MIN_ROWS)
-        states.append(model.gpt.hidden(new, positions, attend, last)[:rows, -1])
+        states.append(network.hidden(new, positions, attend, last)[:rows, -1])
     return torch.cat(states)
 
 
@@ -85,7 +85,7 @@ class _Next:
     """Feeds one token per slot, at its own position of its own cache."""
 
     def __init__(self, model: Wham, groups: Sequence[Group]) -> None:
-        self.gpt, self.groups, self.offset = model.gpt, groups, 0
+        self.network, self.groups, self.offset = model.gpt.network(), groups, 0
         self.count = groups[-1].rows.stop
         self.rows = at_least(self.count, model.gpt.device)
         lengths = [g.length for g in groups for _ in range(g.rows.start, g.rows.stop)]
@@ -96,7 +96,7 @@ class _Next:
     def feed(self, ids_B1: Tensor) -> Tensor:
         """Final states (B, D) after these ids."""
         self.buffer[:self.count] = ids_B1
-        x = self.gpt.hidden(self.buffer, self.base + self.offset, self)
+        x = self.network.hidden(self.buffer, self.base + self.offset, self)
         self.offset += 1
         return x[:, 0]
 
@@ -128,7 +128,7 @@ def raster(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Choos
             x = after.feed(made[-1])
         if watch is not None:
             watch(x[:after.count])
-        logits = model.gpt.logits(x, low, high + 1)[:after.count]
+        logits = after.network.logits(x, low, high + 1)[:after.count]
         image = index < model.image_tokens
         here = index if image else index - model.image_tokens
         pick = choose if image or act is None else act
@@ -149,7 +149,7 @@ def actions(model: Wham, groups: Sequence[Group], act: Choose,
         if watch is not None:
             watch(x[:after.count])
         low, high = model.action_range(index)
-        logits = model.gpt.logits(x, low, high + 1)[:after.count]
+        logits = after.network.logits(x, low, high + 1)[:after.count]
         made.append(act(logits[:, None], low, slice(index, index + 1)))
     return torch.cat(made, 1) - model.codes
 
@@ -180,6 +180,7 @@ def diagonal(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Cho
     token sees what is decoded so far and comes before it.
     """
     (height, width), device = model.tokenizer.grid_hw, state_BD.device
+    network = model.gpt.network()
     count = groups[-1].rows.stop
     rows = at_least(count, device)
     ids = guess_BI.clone()
@@ -198,9 +199,9 @@ def diagonal(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Cho
             fed = torch.tensor([t - 1 for t in targets] + late)
             late = []
             written[fed] = True
-            x = _feed(model, groups, rows, ids, fed, written)
+            x = _feed(network, groups, rows, ids, fed, written)
         low, high = model.image_range(number)
-        logits = model.gpt.logits(x[:, :len(targets)], low, high + 1)[:count]
+        logits = network.logits(x[:, :len(targets)], low, high + 1)[:count]
         ids[:, at] = choose(logits, low, at)
         # a row's last token, if the next row has begun without it: its true keys are due
         late = [t for t in targets if (t + 1) % width == 0 and t + 1 < model.image_tokens
@@ -208,7 +209,7 @@ def diagonal(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Cho
     return ids
 
 
-def _feed(model: Wham, groups: Sequence[Group], rows: int, ids: Tensor, fed: Tensor,
+def _feed(network: Network, groups: Sequence[Group], rows: int, ids: Tensor, fed: Tensor,
           written: Tensor) -> Tensor:
     """Final states (rows, Q, D) after image tokens at these places of the frame."""
     device = ids.device
@@ -229,4 +230,4 @@ def _feed(model: Wham, groups: Sequence[Group], rows: int, ids: Tensor, fed: Ten
         return out
 
     new = F.pad(ids[:, place], (0, 0, 0, rows - len(ids)))
-    return model.gpt.hidden(new, positions, attend)
+    return network.hidden(new, positions, attend)

@@ -191,7 +191,7 @@ class WhamWorld(World):
 
     def _group(self, rows: slice, ids_GT: Tensor, pages_GP: np.ndarray, room: int) -> Group:
         cache = StaticCache(self.model.cfg.gpt, len(ids_GT), ids_GT.shape[1] + room,
-                            self.model.gpt.transformer["wpe"].weight)  # type: ignore[arg-type]
+                            self.model.gpt.network().wpe)
         known = 0
         if pages_GP.shape[1]:
             known = pages_GP.shape[1] * self.pool.spec.tokens - TAIL
