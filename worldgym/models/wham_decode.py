@@ -231,3 +231,15 @@ def _feed(network: Network, groups: Sequence[Group], rows: int, ids: Tensor, fed
 
     new = F.pad(ids[:, place], (0, 0, 0, rows - len(ids)))
     return network.hidden(new, positions, attend)
+
+
+def surprise(model: Wham, ids_BT: Tensor, count: int) -> Tensor:
+    """Nats (B, count) by which the exact model is surprised by the last image's ``count`` tokens.
+
+    ``ids_BT`` ends with a whole image; the ranges of the positions are respected.
+    """
+    net = model.gpt.network()
+    x = net.hidden(ids_BT, torch.arange(ids_BT.shape[1], device=ids_BT.device))
+    logits = net.logits(x[:, -count - 1:-1], 0, model.codes)
+    logits[:, 0, :model.image_range(0)[0]] = -torch.inf
+    return -logits.log_softmax(-1).gather(-1, ids_BT[:, -count:, None])[..., 0]
