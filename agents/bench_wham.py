@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +37,26 @@ PUBLISHED_VIT = {"image_size_per_x_axis": 300, "image_size_per_y_axis": 180, "pa
                  "vocab_size": 16384}
 
 
-def real(layers: int) -> Wham:
-    """The published 1.6B model on the meta device, with this many of its layers."""
+def real(layers: int, image_tokens: int) -> Wham:
+    """The published 1.6B model on the meta device, with fewer layers and tokens to generate."""
     _, heads, width = SIZES[NAME]
     cfg = GPTConfig(block_size=5560, vocab_size=16384 + wham_actions.VOCABULARY, n_layer=layers,
                     n_head=heads, n_embd=width)
     with torch.device("meta"):
-        return Wham(WhamConfig(gpt=cfg, seq_len=STEPS, tokenizer="vit",
-                               tokenizer_spec=PUBLISHED_VIT, size_name=NAME)).eval()
+        model = Wham(WhamConfig(gpt=cfg, seq_len=STEPS, tokenizer="vit",
+                                tokenizer_spec=PUBLISHED_VIT, size_name=NAME)).eval()
+    model.image_tokens = image_tokens
+    return model
 
 
 # -- the published order of operations, for comparison --------------------------------------------
 
 
 class PublishedOrder:
-    """One frame as the published code makes it: image call, then action call, each from scratch.
-
-    ``tokens``: how many tokens were prefilled in all.
-    """
+    """One frame as the published code makes it: image call, then action call, each from scratch."""
 
     def __init__(self, model: Wham, how: Sampling) -> None:
-        self.model, self.how, self.tokens = model, how, 0
+        self.model, self.how = model, how
 
     def frame(self, ids_BT: Tensor, uniform_BM: Tensor) -> Tensor:
         """Image and action ids (B, I + 16) after complete pairs."""
@@ -78,12 +78,11 @@ class PublishedOrder:
             return causal(layer, q, k, v)
 
         net, made, new, start = self.model.gpt.network(), [], ids_BT, 0
-        self.tokens += ids_BT.shape[1]
         for index, limits in enumerate(ranges):
             end = start + new.shape[1]
             x = net.hidden(new, torch.arange(start, end, device=new.device), attend)
             logits = net.logits(x[:, -1])
-            if logits.is_meta:
+            if logits.is_meta:  # only counted
                 new = ids_BT[:, :1]
             else:
                 chances = distribution(logits, self.how, limits)
@@ -117,53 +116,71 @@ def windows(slide: int) -> list[tuple[int, int]]:
     return world.log[-slide:]
 
 
-def all_layers(cost: Callable[[Wham], tuple[float, int]]) -> tuple[float, int]:
-    """A cost at the real depth: every layer but the last costs the same, so two depths tell all."""
-    two, three = cost(real(2)), cost(real(3))
-    return two[0] + (SIZES[NAME][0] - 2) * (three[0] - two[0]), two[1]
+def whole(cost: Callable[[Wham], int], make: Callable[[int, int], Wham] = real,
+          layers: int = SIZES[NAME][0], image_tokens: int = 540) -> int:
+    """A cost at the full size from counts at small ones; exact, for it is a polynomial.
+
+    Every layer but the last costs the same, and the attention of a growing sequence is a square
+    of the number of tokens that are generated.
+    """
+    places = (4, 8, 12)
+
+    def deep(count: int) -> int:
+        two, three = cost(make(2, count)), cost(make(3, count))
+        return two + (layers - 2) * (three - two)
+
+    total = Fraction(0)
+    for x in places:
+        others = [y for y in places if y != x]
+        part = Fraction(deep(x))
+        for y in others:
+            part *= Fraction(image_tokens - y, x - y)
+        total += part
+    return int(total)
 
 
-def frame_cost(model: Wham, pairs: int, pages: int) -> tuple[float, int]:
-    """(floating-point operations, prefilled tokens) of a frame in our order, one slot."""
+def frame_flops(model: Wham, pairs: int, pages: int) -> int:
+    """Floating-point operations of a frame in our order, one slot."""
     from torch.utils.flop_counter import FlopCounterMode
 
     s = model.step_tokens
-    ids = torch.zeros(1, pairs * s, dtype=torch.long, device="meta")
-    known = pages * s - TAIL if pages else 0
+    ids = torch.zeros(1, pairs * s, dtype=torch.long, device=model.gpt.device)
     cache = StaticCache(model.cfg.gpt, 1, (pairs + 1) * s, model.gpt.network().wpe)
-    groups = [Group(slice(0, 1), ids, cache, known)]
+    groups = [Group(slice(0, 1), ids, cache, pages * s - TAIL if pages else 0)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         raster(model, groups, prefill(model, groups), lambda logits, low, at: ids[:, :1])
-    return float(counter.get_total_flops()), pairs * s - known
+    return counter.get_total_flops()
 
 
-def published_cost(model: Wham, pairs: int) -> tuple[float, int]:
+def published_flops(model: Wham, pairs: int) -> int:
     """The same in the published order."""
     from torch.utils.flop_counter import FlopCounterMode
 
     order = PublishedOrder(model, Sampling())
-    ids = torch.zeros(1, pairs * model.step_tokens, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, pairs * model.step_tokens, dtype=torch.long, device=model.gpt.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         order.frame(ids, ids)
-    return float(counter.get_total_flops()), order.tokens
+    return counter.get_total_flops()
 
 
 def counted(slide: int = 4) -> list[Row]:
     """Shares of the published path's work per frame at the 1.6B sizes."""
-    flops, tokens = all_layers(lambda model: published_cost(model, STEPS - 1))
-    what = "real-config-1.6b"
+    flops = whole(lambda model: published_flops(model, STEPS - 1))
+    s, what = 540 + wham_actions.COUNT, "real-config-1.6b"
+    tokens = 2 * (STEPS - 1) * s + 540  # image call, then action call
     rows = [Row(what=what, metric="tflop_published", value=flops / 1e12, unit="TFLOP",
                 note="one frame, full window, one slot, tokeniser left out; every multiplication "
                 "and addition of products and of attention (causal halves not taken off)")]
     for name, step in (("exact", 1), ("chunked", slide)):
-        costs = [all_layers(lambda model, at=at: frame_cost(model, *at))  # type: ignore[misc]
-                 for at in windows(step)]
-        mean = np.mean(costs, 0)
+        at = windows(step)
+        ours = [whole(lambda model, at=pair: frame_flops(model, *at))  # type: ignore[misc]
+                for pair in at]
+        filled = np.mean([(pairs - pages) * s + TAIL * (pages > 0) for pairs, pages in at])
         note = "steady state" if step == 1 else f"mean of a cycle of {step} frames, slide={step}"
-        rows += [Row(what=what, metric=f"flops_share_{name}", value=mean[0] / flops, unit="share",
-                     n=len(costs), note=note),
-                 Row(what=what, metric=f"prefill_token_share_{name}", value=mean[1] / tokens,
-                     unit="share", n=len(costs), note=f"{note}; {mean[1]:.0f} of {tokens}")]
+        rows += [Row(what=what, metric=f"flops_share_{name}", value=np.mean(ours) / flops,
+                     unit="share", n=len(at), note=note),
+                 Row(what=what, metric=f"prefill_token_share_{name}", value=filled / tokens,
+                     unit="share", n=len(at), note=f"{note}; {filled:.0f} of {tokens} tokens")]
     return rows
 
 

@@ -298,6 +298,33 @@ class Inspect:
 
 
 @dataclass(kw_only=True)
+class Convert:
+    """Write a published WHAM checkpoint (.ckpt) as safetensors, without running code from it.
+
+    Args:
+        path: the published file.
+        out: safetensors file to write; optimiser state, masks and the second head are left out.
+        size: layers, heads and width, for a model size that the built-in table lacks.
+        half: store bfloat16 instead of float32.
+    """
+
+    path: Path
+    out: Path
+    size: tuple[int, int, int] | None = None
+    half: bool = False
+
+    def run(self) -> None:
+        """Convert."""
+        import torch
+
+        from worldgym.models import wham_checkpoint
+
+        sizes = None if self.size is None else {"*": self.size}
+        print("written:", wham_checkpoint.convert(self.path, self.out, sizes,
+                                                  torch.bfloat16 if self.half else None))
+
+
+@dataclass(kw_only=True)
 class Demo:
     """Train an agent in the dream from scratch, and see what it is worth in the real game.
 
@@ -358,7 +385,7 @@ class Iterate:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
-    "inspect": Inspect, "demo": Demo, "iterate": Iterate, "evaluate": Evaluate,
+    "inspect": Inspect, "convert": Convert, "demo": Demo, "iterate": Iterate, "evaluate": Evaluate,
     "diagnose": Diagnose, "report": Report,
 }
 

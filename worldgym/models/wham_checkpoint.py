@@ -7,6 +7,7 @@ recorded names. Optimiser state (two thirds of the bytes) is mapped and never re
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,19 @@ TRAINING = {"commitment_cost", "is_perceptual", "use_gan"}
 Sizes = Mapping[str, tuple[int, int, int]]
 
 
-def is_published(path: str | Path) -> bool:
-    """Whether a torch file looks like the published layout (nothing is loaded)."""
-    import zipfile
-
+def is_wham(path: str | Path) -> bool:
+    """Whether a file is of the published layout or converted; nothing is loaded."""
     path = Path(path)
-    if path.suffix != ".ckpt" or not path.is_file() or not zipfile.is_zipfile(path):
+    if path.suffix == ".safetensors":
+        return dict(open_weights(path).metadata.get(META_KEY, {})).get("kind") == KIND
+    if path.suffix != ".ckpt" or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        inner = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-        return bool(inner) and GPT_CLASS.encode() in archive.read(inner[0])
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inner = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+            return bool(inner) and GPT_CLASS.encode() in archive.read(inner[0])
+    except zipfile.BadZipFile:
+        return False
 
 
 def read(path: str | Path, sizes: Sizes | None = None
@@ -51,7 +55,8 @@ def read(path: str | Path, sizes: Sizes | None = None
     """(config, tensors by our names, notes) of a published or a converted file.
 
     Args:
-        sizes: further entries (layers, heads, width) of the size table ``wham.SIZES``.
+        sizes: further entries (layers, heads, width) of the size table ``wham.SIZES``; the name
+            ``*`` stands for any that the table lacks.
     """
     path = Path(path)
     if path.suffix == ".ckpt":
@@ -195,18 +200,19 @@ def _gpt_config(path: Path, spec: dict[str, Any], tensors: Mapping[str, Tensor],
         raise _odd(path, f"no {GPT}transformer.wte.weight or .wpe.weight", "a whole state_dict")
     layers = 1 + max((int(n.split(".")[3]) for n in tensors if n.startswith("gpt.transformer.h.")),
                      default=-1)
-    if name not in sizes:
+    size = sizes.get(name) or sizes.get("*")
+    if size is None:
         raise ConfigError(
             "unknown model size", given=f"{path}: {name!r} with {layers} layers, width "
             f"{wte.shape[1]}", expected=f"one of {sorted(sizes)} (heads cannot be read off tensors)",
             fix="give its (layers, heads, width): sizes={...}, or --size LAYERS HEADS WIDTH")
-    if (sizes[name][0], sizes[name][2]) != (layers, wte.shape[1]):
+    if (size[0], size[2]) != (layers, wte.shape[1]):
         raise CheckpointError(
             "checkpoint does not have the size it names", given=f"{path}: {name!r} with {layers} "
-            f"layers, width {wte.shape[1]}", expected=f"(layers, heads, width) {sizes[name]}",
+            f"layers, width {wte.shape[1]}", expected=f"(layers, heads, width) {size}",
             fix="check the size table and the file")
     return GPTConfig(block_size=len(wpe), vocab_size=len(wte), n_layer=layers,
-                     n_head=sizes[name][1], n_embd=wte.shape[1],
+                     n_head=size[1], n_embd=wte.shape[1],
                      bias=bool(spec.get("bias", True)), version=int(spec.get("nanogpt_version", 1)))
 
 
