@@ -108,10 +108,11 @@ class Wham(nn.Module):
 
 def tiny(generator: torch.Generator, *, width: int = 64, layers: int = 2, heads: int = 4,
          seq_len: int = 4, codes: int = 32, hw: tuple[int, int] = (16, 24), patch: int = 4,
-         version: int = 1, bias: bool = True, spread: float = 8.0) -> Wham:
+         version: int = 1, bias: bool = True) -> Wham:
     """A small random model for tests, examples and measurements.
 
-    ``spread`` multiplies the embeddings, so that the next-token distributions are not flat.
+    Its weights are larger than fresh ones, so that next tokens are neither evenly likely nor the
+    token before.
     """
     spec = {"image_size_per_x_axis": hw[1], "image_size_per_y_axis": hw[0], "patch_size": patch,
             "transf_dim": 32, "embedding_dim": 8, "num_layers": 1, "head_size": 8,
@@ -121,9 +122,9 @@ def tiny(generator: torch.Generator, *, width: int = 64, layers: int = 2, heads:
                     n_layer=layers, n_head=heads, n_embd=width, version=version, bias=bias)
     model = Wham(WhamConfig(gpt=cfg, seq_len=seq_len, tokenizer="vit", tokenizer_spec=spec,
                             size_name="tiny"))
-    model.gpt.initialize(generator)
-    for name in ("wte", "wpe"):
-        model.gpt.transformer[name].weight.data.mul_(spread)  # type: ignore[union-attr,operator]
-    for p in model.tokenizer.parameters():
+    for p in model.parameters():
         nn.init.normal_(p, std=0.2, generator=generator)
+    for name, p in model.gpt.named_parameters():
+        if ".ln_" in name and name.endswith("weight"):
+            nn.init.ones_(p)
     return model.requires_grad_(False).eval()
