@@ -212,9 +212,10 @@ class World:
         end_B, rewards_B2, danger_B = self._outcome(state, action_BA)
         latents, tables, pending = self._generate(state, action_BA, keys)
         try:
-            draw = uniform(keys, PASSES["end"], 1).numpy()[:, 0]
             chance = end_B.double().cpu().numpy()
-            terminated = draw < chance
+            terminated = np.zeros(len(keys), bool)
+            if self.outcome is not None:
+                terminated = uniform(keys, PASSES["end"], 1).numpy()[:, 0] < chance
             rewards = rewards_B2.cpu().numpy()
             reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)
             history = torch.cat([state.history_BKChw[:, 1:], latents[:, None]], 1)

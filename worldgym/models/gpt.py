@@ -100,7 +100,7 @@ class Layer(NamedTuple):
                 last: int | None = None) -> Tensor:
         """Next (B, T, D); with ``last`` only that many newest tokens ask, all are seen."""
         size = x_BTD.shape[-1]
-        y = F.layer_norm(x_BTD, (size,), *self.ln_1)
+        y = torch.layer_norm(x_BTD, (size,), *self.ln_1)
         weight, bias = self.qkv
         assert weight is not None
         if last is None or last >= y.shape[1]:
@@ -115,7 +115,7 @@ class Layer(NamedTuple):
             x_BTD = x_BTD[:, -last:]
         seen = attend(number, q, k, v)
         x_BTD = x_BTD + F.linear(seen.reshape(x_BTD.shape), *self.out)
-        y = F.linear(F.layer_norm(x_BTD, (size,), *self.ln_2), *self.up)
+        y = F.linear(torch.layer_norm(x_BTD, (size,), *self.ln_2), *self.up)
         return x_BTD + F.linear(F.gelu(y, approximate="tanh"), *self.down)
 
 
@@ -170,6 +170,10 @@ class Network(NamedTuple):
         values of all tokens and everything else of these alone.
         """
         x = F.embedding(ids_BT, self.wte) + F.embedding(positions, self.wpe)
+        return self.through(x, attend, last)
+
+    def through(self, x: Tensor, attend: Attend, last: int | None = None) -> Tensor:
+        """``hidden`` from embeddings (B, T, D) on."""
         top = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             x = layer.forward(x, attend, number, last if number == top else None)
@@ -177,7 +181,7 @@ class Network(NamedTuple):
 
     def logits(self, x: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         """Logits (..., high - low) of the ids low..high-1 for final states (..., D)."""
-        rows = F.layer_norm(x, x.shape[-1:], *self.norm)
+        rows = torch.layer_norm(x, x.shape[-1:], *self.norm)
         return F.linear(rows, self.wte[low:high])
 
 

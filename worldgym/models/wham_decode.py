@@ -55,6 +55,7 @@ def sampler(how: Sampling, uniform_BM: Tensor) -> Choose:
     return choose
 
 
+@torch.inference_mode()
 def prefill(model: Wham, groups: Sequence[Group]) -> Tensor:
     """Final states (B, D) of every slot's last known token; fills the caches."""
     states, network = [], model.gpt.network()
@@ -90,23 +91,31 @@ class _Next:
         self.rows = at_least(self.count, model.gpt.device)
         lengths = [g.length for g in groups for _ in range(g.rows.start, g.rows.stop)]
         lengths += [0] * (self.rows - self.count)
-        self.base = torch.tensor(lengths, device=model.gpt.device)[:, None]
-        self.buffer = self.base.new_zeros(self.rows, 1)
+        base = torch.tensor(lengths, device=model.gpt.device)
+        steps = torch.arange(model.step_tokens, device=base.device)
+        # a frame may end before the last of these, at the end of the position table
+        last = len(self.network.wpe) - 1
+        places = (steps[:, None] + base).clamp_max(last)
+        self.places = F.embedding(places, self.network.wpe)[:, :, None].unbind()
+        self.buffer = base.new_zeros(self.rows, 1)
+        self.seen: Tensor | None = None
 
     def feed(self, ids_B1: Tensor) -> Tensor:
         """Final states (B, D) after these ids."""
         self.buffer[:self.count] = ids_B1
-        x = self.network.hidden(self.buffer, self.base + self.offset, self)
+        x = F.embedding(self.buffer, self.network.wte) + self.places[self.offset]
+        x = self.network.through(x, self)
         self.offset += 1
         return x[:, 0]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if len(self.groups) == 1 and self.rows == self.count:
             return self._attend(self.groups[0], layer, q, k, v)
-        parts = [self._attend(g, layer, q[g.rows], k[g.rows], v[g.rows]) for g in self.groups]
-        if self.rows > self.count:
-            parts.append(q.new_zeros((self.rows - self.count, *q.shape[1:])))
-        return torch.cat(parts)
+        if self.seen is None:  # rows that only fill a product stay 0
+            self.seen = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        for g in self.groups:
+            self.seen[g.rows] = self._attend(g, layer, q[g.rows], k[g.rows], v[g.rows])
+        return self.seen
 
     def _attend(self, group: Group, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         at = group.length + self.offset
@@ -115,6 +124,7 @@ class _Next:
         return attention(q, keys[:, :at + 1], values[:, :at + 1])
 
 
+@torch.inference_mode()
 def raster(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Choose,
            act: Choose | None = None, watch: Watch | None = None) -> tuple[Tensor, Tensor | None]:
     """Image ids (B, I), one by one, and with ``act`` the action ids (B, A) that follow."""
@@ -138,6 +148,7 @@ def raster(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Choos
     return images, None if act is None else ids[:, model.image_tokens:] - model.codes
 
 
+@torch.inference_mode()
 def actions(model: Wham, groups: Sequence[Group], act: Choose,
             watch: Watch | None = None) -> Tensor:
     """Action ids (B, A) that follow sequences which end with an image."""
@@ -171,6 +182,7 @@ def waves(height: int, width: int, lead: int) -> list[list[tuple[int, int]]]:
             for t in range(width + lead * (height - 1))]
 
 
+@torch.inference_mode()
 def diagonal(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Choose, lead: int,
              guess_BI: Tensor) -> Tensor:
     """Image ids (B, I), several rows at once (DiagD, arXiv 2503.14070); approximate.
