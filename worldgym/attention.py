@@ -46,6 +46,6 @@ def attention(q_BQND: Tensor, k_BKND: Tensor, v_BKND: Tensor, mask: Tensor | Non
         if flash is not None and q_BQND.shape[-1] % 8 == 0:
             out = flash(q_BQND, k_BKND, v_BKND, causal=causal)
             return out[0] if isinstance(out, tuple) else out
-    q, k, v = (x.transpose(1, 2) for x in (q_BQND, k_BKND, v_BKND))
+    q, k, v = q_BQND.transpose(1, 2), k_BKND.transpose(1, 2), v_BKND.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2)

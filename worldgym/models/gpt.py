@@ -202,6 +202,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(cfg.n_embd, cfg.n_head, cfg.bias, cfg.version == 1)
                                for _ in range(cfg.n_layer)),
             "ln_f": LayerNorm(cfg.n_embd, bias=cfg.bias)})
+        self._network: Network | None = None
 
     def initialize(self, generator: torch.Generator) -> None:
         """Fresh weights: N(0, 0.02), residual projections smaller by sqrt(2 * layers)."""
@@ -220,12 +221,15 @@ class GPT(nn.Module):
         return self.transformer["wte"].weight.device  # type: ignore[union-attr,return-value]
 
     def network(self) -> "Network":
-        """The tensors as they are now, for many calls."""
+        """The tensors as they are now, for many calls; looked up anew when they were replaced."""
         parts = self.transformer
-        blocks = cast(nn.ModuleList, parts["h"])
         tokens, places, norm = (cast(Any, parts[name]) for name in ("wte", "wpe", "ln_f"))
-        return Network(tokens.weight, places.weight, [cast(Block, b).layer() for b in blocks],
-                       Pair(norm.weight, norm.bias))
+        old = self._network
+        if old is None or old.wte is not tokens.weight or old.norm.weight is not norm.weight:
+            blocks = [cast(Block, b).layer() for b in cast(nn.ModuleList, parts["h"])]
+            old = Network(tokens.weight, places.weight, blocks, Pair(norm.weight, norm.bias))
+            self._network = old
+        return old
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits (B, T, V) of every position of whole sequences."""

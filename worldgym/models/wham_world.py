@@ -22,6 +22,7 @@ from worldgym.engine import World
 from worldgym.errors import ConfigError, DTypeError, ShapeError
 from worldgym.memory import PagePool, PageSpec, Tables
 from worldgym.models import wham_actions
+from worldgym.models.gpt import StaticCache
 from worldgym.models.sampling import Sampling
 from worldgym.models.wham import Wham
 from worldgym.models.wham_decode import (
@@ -34,7 +35,6 @@ from worldgym.models.wham_decode import (
     sampler,
     waves,
 )
-from worldgym.models.gpt import StaticCache
 from worldgym.noise import PASSES, uniform
 from worldgym.spec import Licence, WorldSpec
 from worldgym.state import WorldState
