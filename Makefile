@@ -9,13 +9,24 @@ STAMP       := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export SDL_VIDEODRIVER ?= dummy
 
-.PHONY: setup demo demo-quick test check bench fuzz tables wheelcheck clean
+.PHONY: setup meltingpot demo demo-quick test check bench fuzz tables wheelcheck clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PY) -m venv $(VENV) || { echo "install the venv module (Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+# Only the substrates are used, so an empty archive stands in for Melting Pot's bots; BOTS=1 fetches
+# them. No cache: a wheel built without bots must not pass for one with them later.
+meltingpot: $(VENV)/.meltingpot   ## the real multi-player games (Python 3.11 or newer; 20 seconds)
+$(VENV)/.meltingpot: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[meltingpot]"
+	rm -rf $(VENV)/assets && mkdir -p $(VENV)/assets/src/assets && touch $(VENV)/assets/src/assets/.keep
+	tar -C $(VENV)/assets/src -czf $(VENV)/assets/meltingpot-assets-2.3.0.tar.gz assets
+	$(if $(BOTS),,TMPDIR=$(abspath $(VENV)/assets)) $(BIN)/python -m pip install -q --disable-pip-version-check --no-cache-dir --no-deps "dm-meltingpot==2.4.1"
+	$(BIN)/python -c "from worldgym.envs.meltingpot import MeltingPotEnv as E; E('coins').reset()"
 	@touch $@
 
 demo: setup              ## train an agent in the dream, score it in the real game (about 12 minutes)

@@ -178,9 +178,9 @@ def counted(slide: int = 4) -> list[Row]:
                 for pair in at]
         filled = np.mean([(pairs - pages) * s + TAIL * (pages > 0) for pairs, pages in at])
         note = "steady state" if step == 1 else f"mean of a cycle of {step} frames, slide={step}"
-        rows += [Row(what=what, metric=f"flops_share_{name}", value=np.mean(ours) / flops,
+        rows += [Row(what=what, metric=f"flops_share_{name}", value=float(np.mean(ours)) / flops,
                      unit="share", n=len(at), note=note),
-                 Row(what=what, metric=f"prefill_token_share_{name}", value=filled / tokens,
+                 Row(what=what, metric=f"prefill_token_share_{name}", value=float(filled) / tokens,
                      unit="share", n=len(at), note=f"{note}; {filled:.0f} of {tokens} tokens")]
     return rows
 
@@ -308,7 +308,7 @@ def bench(out: Path | None = None, seconds: float = 5.0, count: bool = True) -> 
     """Measure, print, and (with ``out``) write the results file."""
     torch.set_num_threads(1)
     model = tiny(torch.Generator().manual_seed(0))
-    long = tiny(torch.Generator().manual_seed(0), width=128, seq_len=STEPS)
+    long = tiny(torch.Generator().manual_seed(0), width=256, seq_len=STEPS)
     rows = counted() if count else []
     # prefill is what exact mode saves, and what more slots cannot share: each figure of "tiny" is
     # taken where it matters, and both models' figures stand beside it

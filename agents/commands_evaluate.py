@@ -27,6 +27,8 @@ class Evaluate:
         games: real games in lockstep.
         horizon: steps after which a dream is cut; default: the world's.
         draw: draw actions from the policy instead of taking the most probable one.
+        anywhere: begin at recorded moments anywhere in episodes; with a short --horizon policies
+            share most of their luck.
         report: write report.html into the folder when done, with films if --real.
     """
 
@@ -43,6 +45,7 @@ class Evaluate:
     games: int = 8
     horizon: int | None = None
     draw: bool = False
+    anywhere: bool = False
     report: bool = True
 
     def run(self) -> None:
@@ -55,7 +58,8 @@ class Evaluate:
         found = evaluate(
             self.world, wanted, episodes=self.episodes, real=self.real, out=self.out,
             until_separated=self.until_separated, seed=self.seed, slots=self.slots,
-            games=self.games, horizon=self.horizon, alpha=self.alpha, draw=self.draw)
+            games=self.games, horizon=self.horizon, alpha=self.alpha, draw=self.draw,
+            anywhere=self.anywhere)
         print(text(found))
         if self.report and found.folder is not None:
             from worldgym.agents.report import write_report

@@ -94,7 +94,7 @@ def diagnose(task: Any, episodes: Any, ids: Sequence[int] | np.ndarray | None = 
             ``worldgym fit`` did not learn from.
         steps: length of the replay, S.
         clips: places to start from, B.
-        forks: forks of every step, whose spread is the uncertainty.
+        forks: forks of every step; what they do not agree on is the uncertainty.
         window: steps within which an end or a mistake counts as foreseen.
         hold: steps for which compared actions are held.
         seed: of the choice of clips and of the dream's noise.
@@ -200,7 +200,7 @@ def _figures(found: Diagnosis, replayed: Replayed) -> list[Row]:
         add(spread + name, told.get(name), int(replayed.seen_SB[0].sum()) if first else seen)
     add(spread + "auroc", told.get("auroc"), told["windows"],
         ci95=told.get("auroc_ci95"), note="95% percentile interval, whole clips drawn")
-    for name in ("auroc_of_time", "wrong_share"):
+    for name in ("auroc_of_latents", "auroc_of_time", "wrong_share"):
         add(spread + name, told.get(name), told["windows"])
     ratios = [p["ratio"] for p in found.response["pairs"] if "ratio" in p]
     if ratios:

@@ -39,7 +39,7 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
              episodes: int = 50, real: bool = False, until_separated: bool = False,
              out: str | Path | None = None, seed: int = REAL_SEEDS, slots: int = SLOTS,
              games: int = 8, horizon: int | None = None, alpha: float = 0.05, draw: bool = False,
-             progress: bool = True) -> Evaluation:
+             anywhere: bool = False, progress: bool = True) -> Evaluation:
     """Score policies in the dream, and with ``real`` in the real twin too.
 
     Episode e of every policy begins in the same state and meets the same noise. Finished blocks of
@@ -60,26 +60,40 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
         horizon: steps after which a dreamt episode is cut; default: the world's.
         alpha: chance that ``until_separated`` tells any equal pair apart.
         draw: draw actions from trained policies instead of taking the most probable one.
+        anywhere: begin at recorded moments anywhere in episodes, easy and dangerous ones. With a
+            short ``horizon`` policies share most of their luck, and far fewer episodes part them;
+            the value is that of the next steps of play, not of a whole episode.
 
     Raises:
         ConfigError: no policy, two of one name, one that does not fit this world, no real twin,
-            a folder begun with other settings. CheckpointError: an agent file is missing.
+            ``real`` with ``anywhere``, a folder begun with other settings. CheckpointError: an
+            agent file is missing.
     """
-    for value, what in ((episodes, "episodes"), (slots, "slots"), (games, "games")):
-        check_count(value, what)
+    _check_numbers(episodes, slots, games, real and anywhere)
     task = _task(world, horizon)
     cast = _cast(policies, task, draw)
     maker = game_maker(task) if real else None
     width, error = max(1, slots // len(cast)), alpha if until_separated else None
     looks = _looks(episodes, error, len(cast))
-    settings = _settings(task, cast, seed, episodes, width, draw, error)
+    settings = _settings(task, cast, seed, episodes, width, draw, error, anywhere)
     ledger = Ledger(out or _default_out(settings), settings)
-    run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, progress)
+    run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, anywhere, progress)
     played, verdict = run.play(looks, width, error)
     found = Evaluation(str(task.name), {n: a.source for n, a in cast.items()}, played, episodes,
-                       unit(task), task.horizon, looks, verdict, folder=ledger.folder)
+                       unit(task), task.horizon, looks, verdict,
+                       frozenset(n for n, a in cast.items() if a.dreamt), anywhere,
+                       folder=ledger.folder)
     _write(found, ledger.folder)
     return found
+
+
+def _check_numbers(episodes: int, slots: int, games: int, middle: bool) -> None:
+    for value, what in ((episodes, "episodes"), (slots, "slots"), (games, "games")):
+        check_count(value, what)
+    if middle:
+        raise ConfigError("a real game cannot begin in the middle", given="real and anywhere",
+                          expected="one of the two", fix="leave out --anywhere to compare with the "
+                          "real game")
 
 
 def _looks(episodes: int, alpha: float | None, policies: int) -> tuple[int, ...]:
@@ -99,6 +113,7 @@ class _Actor:
     policy: Policy
     source: str
     hash: str
+    dreamt: bool = False  # learned in a dream
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,7 @@ class _Run:
     seeds: range
     maker: Any
     games: int
+    anywhere: bool
     progress: bool
 
     def play(self, looks: Sequence[int], width: int,
@@ -151,7 +167,7 @@ class _Run:
         actors, seed = list(self.cast.values()), self.seeds[0]
         if place == "dream":
             done = dream_block(self.task, [a.policy for a in actors], block, self.seeds, seed,
-                               bar.update)
+                               bar.update, self.anywhere)
         else:
             done = [real_block(envs, a.policy, block, self.seeds, seed, bar.update)
                     for a in actors]
@@ -208,13 +224,14 @@ def _cast(policies: Sequence[str] | Mapping[str, str | Policy], task: Any,
         _check_fit(name, policy, spec)
         if draw and hasattr(policy, "deterministic"):
             policy.deterministic = False
-        cast[name] = _Actor(policy, text, fingerprint(text) if isinstance(source, str) else "")
+        cast[name] = _Actor(policy, text, fingerprint(text) if isinstance(source, str) else "",
+                            _facts(policy).get("where") == "dream")
     return cast
 
 
 def _check_fit(name: str, policy: Policy, spec: Any) -> None:
     """Refuse an agent that was trained for other actions or other frames."""
-    facts = getattr(getattr(policy, "player", policy), "facts", None)
+    facts = _facts(policy)
     if not facts:
         return
     action, frame_hw = ActionSpec.from_json(facts["action"]), tuple(facts["frame_hw"])
@@ -225,8 +242,13 @@ def _check_fit(name: str, policy: Policy, spec: Any) -> None:
                           fix="give the world it was trained in as --world, or another agent")
 
 
+def _facts(policy: Policy) -> Mapping[str, Any]:
+    """What an agent file says of its training, also beneath a ``noisy:``; empty for others."""
+    return getattr(getattr(policy, "player", policy), "facts", None) or {}
+
+
 def _settings(task: Any, cast: Mapping[str, _Actor], seed: int, episodes: int, width: int,
-              draw: bool, alpha: float | None) -> dict[str, Any]:
+              draw: bool, alpha: float | None, anywhere: bool) -> dict[str, Any]:
     """Everything the numbers depend on; how many real games run in lockstep is not among it."""
     return {
         "format": 1, "world": str(task.name), "fingerprint": task.world.fingerprint,
@@ -234,7 +256,8 @@ def _settings(task: Any, cast: Mapping[str, _Actor], seed: int, episodes: int, w
         **{key: value if isinstance(value, str) else value.__qualname__
            for key, value in (("reward", task.reward), ("end", task.end))},
         "policies": [[name, actor.source, actor.hash] for name, actor in cast.items()],
-        "seed": seed, "episodes": episodes, "width": width, "draw": draw, "alpha": alpha}
+        "seed": seed, "episodes": episodes, "width": width, "draw": draw, "alpha": alpha,
+        **({"anywhere": True} if anywhere else {})}  # older folders stay readable
 
 
 def _default_out(settings: Mapping[str, Any]) -> Path:

@@ -54,7 +54,8 @@ class Evaluation:
     ``played``: name -> place -> episodes, equally many for all policies; ``sources``: name -> what
     made the policy; ``planned``: the most episodes there might be; ``horizon``: of the dream, in
     steps; ``looks`` and ``verdict``: of the sequential test, if there was one;
-    ``folder``: where it is written.
+    ``dreamers``: policies that learned in a dream; ``anywhere``: episodes begin at any recorded
+    moment; ``folder``: where it is written.
     """
 
     world: str
@@ -65,6 +66,8 @@ class Evaluation:
     horizon: int | None = None
     looks: tuple[int, ...] = ()
     verdict: Verdict | None = None
+    dreamers: frozenset[str] = frozenset()
+    anywhere: bool = False
     about: Mapping[str, Any] = field(default_factory=results.about)
     folder: Path | None = None
 
@@ -126,6 +129,19 @@ class Evaluation:
         return agreement.agreement(self.returns("dream"), self.returns("real"))
 
     @cached_property
+    def outsiders(self) -> list[str]:
+        """Policies that did not learn in a dream: it has not taught them its own faults."""
+        return [name for name in self.names if name not in self.dreamers]
+
+    @cached_property
+    def agreement_outside(self) -> dict[str, Figure | None] | None:
+        """The agreement over ``outsiders``; None where these are all policies, or too few."""
+        if not self.real or not self.dreamers or len(self.outsiders) < 3:
+            return None
+        rows = [self.names.index(name) for name in self.outsiders]
+        return agreement.agreement(self.returns("dream")[rows], self.returns("real")[rows])
+
+    @cached_property
     def optimism(self) -> dict[str, Summary]:
         """Dream minus real return of every policy (not paired: these are different games)."""
         return {name: optimism(at["dream"], at["real"]) for name, at in self.played.items()
@@ -174,16 +190,15 @@ class Evaluation:
             "episodes": self.episodes, "planned_episodes": self.planned,
             "policies": [self._policy(name) for name in self.names],
             "pairs": [pair.to_json() for pair in self.pairs],
-            "agreement": None if table is None else {
-                name: None if figure is None else figure.to_json()
-                for name, figure in table.items()},
+            "agreement": figures(table), "agreement_outside": figures(self.agreement_outside),
             "paired_episode_ratio": None if ratio is None else ratio.to_json(),
             "drift": self.drift, "sequential": self._sequential(), "notes": self.notes})
 
     def _policy(self, name: str) -> dict[str, Any]:
         at = self.played[name]
         gap = self.optimism.get(name)
-        return {"name": name, "source": self.sources[name], "dream": self._place(name, "dream"),
+        return {"name": name, "source": self.sources[name],
+                "learned_in_dream": name in self.dreamers, "dream": self._place(name, "dream"),
                 "real": self._place(name, "real") if "real" in at else None,
                 "optimism": None if gap is None else {"value": gap.mean, "ci95": self._known(gap)}}
 
@@ -203,16 +218,22 @@ class Evaluation:
     def rows(self) -> list[results.Row]:
         """Lines for a results file; what is undefined has no line."""
         seeds = seed_text(self.played[self.names[0]]["dream"].seeds)
-        found = [results.Row(what="ladder", metric="policies", value=len(self.names),
-                             n=len(self.names), seeds=seeds)]
-        figures = {**(self.agreement or {}), "paired_episode_ratio": self.paired_ratio}
-        for metric, figure in figures.items():
-            if figure is not None:
-                unit = self.unit if metric in ("mmrv", "optimism") else ""
-                method = stats.METHOD if metric == "optimism" else agreement.METHOD
-                found.append(results.Row(
-                    what="ladder", metric=metric, value=figure.value, ci95=figure.ci95,
-                    n=self.episodes, unit=unit, seeds=seeds, note=method))
+        groups: list[tuple[str, list[str], dict[str, Figure | None]]] = [
+            ("ladder", self.names,
+             {**(self.agreement or {}), "paired_episode_ratio": self.paired_ratio})]
+        if self.agreement_outside is not None:
+            groups.append(("ladder-outside", self.outsiders, self.agreement_outside))
+        found = []
+        for what, names, told in groups:
+            found.append(results.Row(what=what, metric="policies", value=len(names), n=len(names),
+                                     seeds=seeds))
+            for metric, figure in told.items():
+                if figure is not None:
+                    unit = self.unit if metric in ("mmrv", "optimism") else ""
+                    method = stats.METHOD if metric == "optimism" else agreement.METHOD
+                    found.append(results.Row(
+                        what=what, metric=metric, value=figure.value, ci95=figure.ci95,
+                        n=self.episodes, unit=unit, seeds=seeds, note=method))
         return found + [self.played[name][place].row(name, self.unit) for name in self.names
                         for place in ("real", "dream") if place in self.played[name]]
 
@@ -220,6 +241,9 @@ class Evaluation:
     def notes(self) -> list[str]:
         """What a reader must know before believing the numbers."""
         said = []
+        if self.anywhere:
+            said.append("Episodes begin at recorded moments anywhere in an episode: a value is "
+                        f"what the next {self.horizon} steps bring, not a whole episode.")
         if self.episodes == 1:
             said.append("One episode per policy: there are no intervals.")
         elif self.episodes < stats.FEW:
@@ -252,6 +276,12 @@ class Evaluation:
                         "(repeated confidence intervals); those of single values and of the "
                         "agreement are as if the number of episodes had been fixed.")
         return said
+
+
+def figures(table: Mapping[str, Figure | None] | None) -> dict[str, Any] | None:
+    """A table of figures as plain data."""
+    return None if table is None else {
+        name: None if figure is None else figure.to_json() for name, figure in table.items()}
 
 
 def tidy(value: Any) -> Any:

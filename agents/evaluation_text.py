@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from worldgym.agents.agreement import Figure
 from worldgym.agents.compare import aligned
 from worldgym.agents.evaluation import Evaluation, Pair
 
@@ -21,7 +22,10 @@ def text(found: Evaluation) -> str:
         parts.append("Neighbours in the dream, paired by start and noise; episodes each to tell "
                      "them apart (80% power, 5% error):\n" + _neighbours(found))
     if found.agreement is not None:
-        parts.append(_agreement(found))
+        parts.append("Dream against real game:\n" + _agreement(found.agreement))
+    if found.agreement_outside is not None:
+        parts.append(f"The same for the {len(found.outsiders)} policies that did not learn in a "
+                     "dream:\n" + _agreement(found.agreement_outside))
     if found.drift is not None:
         parts.append("Return within the first steps, mean over policies:\n" + _drift(found))
     if found.verdict is not None:
@@ -65,13 +69,13 @@ def _neighbours(found: Evaluation) -> str:
                     f"({interval(ratio.ci95)})")
 
 
-def _agreement(found: Evaluation) -> str:
+def _agreement(figures: Mapping[str, Figure | None]) -> str:
     lines = []
-    for key, figure in (found.agreement or {}).items():
+    for key, figure in figures.items():
         value = ["undefined", ""] if figure is None else [
             number(figure.value), interval(figure.ci95)]
         lines.append([TITLES[key], *value])
-    return "Dream against real game:\n" + aligned(lines)
+    return aligned(lines)
 
 
 def _drift(found: Evaluation) -> str:

@@ -105,15 +105,16 @@ def wrong_soon(replayed: Replayed, k: int, tolerance: float) -> tuple[np.ndarray
 
 
 def uncertainty(replayed: Replayed, k: int, tolerance: float) -> dict:
-    """Does the fork spread of a step foretell how wrong the dream is there and soon after?
+    """Does the spread of a step's forks foretell how wrong the dream is there and soon after?
 
     ``reliability``: mean spread and root mean square error of the latents, in bins of equally many
     steps. ``rank_correlation`` of spread and error (Spearman). ``error_over_spread``: root mean
     square error over sqrt(2) times that of the spread; recording and dream are two draws, so 1 is
     right where both come from the same state, as at the first step (``error_over_spread_1``), and
     what lies above 1 later has gathered on the way. ``wrong_share`` and ``auroc``: how often the
-    dream is wrong soon, and the chance that a step before a wrong one has more spread than another;
-    ``auroc_of_time`` is the same for the mere number of the step. Undefined ones are left out.
+    dream is wrong soon, and the chance that before a wrong one the forks differ more in reward and
+    end than elsewhere; ``auroc_of_latents`` and ``auroc_of_time`` are the same for the spread of
+    the latents and for the mere number of the step. Undefined ones are left out.
     """
     seen = replayed.seen_SB
     spread, error = replayed.spread_SB[seen], replayed.error_SB[seen]
@@ -136,9 +137,10 @@ def uncertainty(replayed: Replayed, k: int, tolerance: float) -> dict:
     if wrong.any() and not wrong.all():
         clip_SB = np.broadcast_to(np.arange(counts_SB.shape[1]), counts_SB.shape)
         time_SB = np.broadcast_to(np.arange(len(counts_SB))[:, None], counts_SB.shape)
-        score = replayed.spread_SB[counts_SB]
+        score = replayed.doubt_SB[counts_SB]
         out["auroc"] = auc(score, wrong)
         out["auroc_ci95"] = over_clips(auc, score, wrong, clip_SB[counts_SB])
+        out["auroc_of_latents"] = auc(replayed.spread_SB[counts_SB], wrong)
         out["auroc_of_time"] = auc(time_SB[counts_SB].astype(float), wrong)
     return out
 

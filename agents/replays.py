@@ -37,8 +37,9 @@ class Replayed:
     ``seen_SB``: the recording shows a frame (the one after an ending is black or of another game).
     ``psnr``, ``ssim``: of the dreamt frame; ``_copy``: of the last context frame shown instead;
     ``_codec``: of the real frame encoded and decoded, the best that the world can draw.
-    ``error_SB``: root mean square difference of dreamt and real latents; ``spread_SB``: fork spread
-    of the step. ``chance_SB``: the dream's chance that the step ends; ``drawn_SB``: its drawn ends.
+    ``error_SB``: root mean square difference of dreamt and real latents; ``spread_SB``: spread of
+    the forks' latents, ``doubt_SB``: of their reward and end. ``chance_SB``: the dream's chance
+    that the step ends; ``drawn_SB``: its drawn ends.
     """
 
     there_SB: np.ndarray
@@ -46,6 +47,7 @@ class Replayed:
     frame_SB: dict[str, np.ndarray]
     error_SB: np.ndarray
     spread_SB: np.ndarray
+    doubt_SB: np.ndarray
     reward_SB: np.ndarray
     real_reward_SB: np.ndarray
     chance_SB: np.ndarray
@@ -128,19 +130,29 @@ def replay_clips(task: Any, episodes: Any, clips: Clips, forks: int, seed: int =
             state = _moved(state, state.select(np.arange(live)))
         rows = clips.firsts_B[:live] + clips.context + step
         actions = episodes.take("actions", rows)
-        spread = as_numpy(task.uncertainty(state, actions))
+        spread, doubt = _spreads(task, state, actions)
         after, chunk = world.step(state, actions)
         state = _moved(state, after)
         ended = episodes.take("terminated", rows).astype(bool)
         reward, drawn, _ = judge(task, chunk, int(world.spec.frames_per_chunk))
-        table.put(step, live, there=True, seen=~ended, spread=spread, reward=reward, drawn=drawn,
-                  ended=ended, real_reward=episodes.take("rewards", rows),
+        table.put(step, live, there=True, seen=~ended, spread=spread, doubt=doubt, reward=reward,
+                  drawn=drawn, ended=ended, real_reward=episodes.take("rewards", rows),
                   chance=end_chances(task, chunk, drawn),
                   **_pictures(world, chunk, episodes.take("frames", rows), shown[:live]))
         if tick:
             tick(1)
     state.release()
     return table.done()
+
+
+def _spreads(task: Any, state: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both spreads of ``worldgym.uncertainty``, or twice the one that the task brings along."""
+    if callable(task.spread):
+        own = as_numpy(task.uncertainty(state, actions))
+        return own, own
+    from worldgym.uncertainty import both_spreads
+
+    return both_spreads(task.world, state, actions, task.forks)
 
 
 def ssim(a_BHWC: np.ndarray, b_BHWC: np.ndarray) -> np.ndarray:
@@ -199,7 +211,8 @@ class _Table:
         c = self._columns
         frame = {k: v for k, v in c.items() if k.startswith(("psnr", "ssim"))}
         return Replayed(c["there"], c["seen"] & c["there"], frame, c["error"], c["spread"],
-                        c["reward"], c["real_reward"], c["chance"], c["drawn"], c["ended"])
+                        c["doubt"], c["reward"], c["real_reward"], c["chance"], c["drawn"],
+                        c["ended"])
 
 
 def check_counts(steps: int, clips: int, forks: int, window: int) -> None:

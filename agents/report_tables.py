@@ -23,7 +23,8 @@ UNCERTAIN = {
     "error_over_spread": "error over spread, all steps",
     "rank_correlation": "rank correlation of spread and error",
     "wrong_share": "share of steps before a mistake",
-    "auroc": "AUROC: spread foretells a mistake (0.5 is chance)",
+    "auroc": "AUROC: spread of reward and end foretells a mistake (0.5 is chance)",
+    "auroc_of_latents": "the same for the spread of the latents",
     "auroc_of_time": "the same for the mere number of the step"}
 
 
@@ -123,13 +124,15 @@ def _pairs(data: Mapping[str, Any]) -> Table:
 
 def _agreement(data: Mapping[str, Any]) -> Table:
     rows = []
-    for key, figure in data["agreement"].items():
-        known = figure or {"value": None, "ci95": None}
-        rows.append([_word(TITLES.get(key, key)), _number(known["value"]),
-                     _between(known["ci95"]), _word(MEANING.get(key, ""))])
+    for group, who in (("agreement", ""), ("agreement_outside", ", policies from outside")):
+        for key, figure in (data.get(group) or {}).items():
+            known = figure or {"value": None, "ci95": None}
+            rows.append([_word(TITLES.get(key, key) + who), _number(known["value"]),
+                         _between(known["ci95"]), _word(MEANING.get(key, ""))])
     return Table("agreement", "Agreement of dream and real game",
                  "Intervals say how far the chance of the episodes moves a figure; the policies "
-                 "are taken as given.", ["measure", "value", "95% interval", "how to read it"],
+                 "are taken as given. Policies from outside did not learn in a dream.",
+                 ["measure", "value", "95% interval", "how to read it"],
                  rows)
 
 

@@ -168,6 +168,6 @@ def _diagnosed(told: Mapping[str, Any]) -> list[str]:
                     f"is {share} ({ends['ends']} of {ends['windows']} windows ended).")
     auroc, ci95 = (told["uncertainty"].get(key) for key in ("auroc", "auroc_ci95"))
     share = "undefined" if auroc is None else f"{number(auroc)} ({_known(ci95)})"
-    said.append("The chance that a step before a mistake has more fork spread than another is "
+    said.append("The chance that forks differ more before a mistake than elsewhere is "
                 f"{share}; 0.5 is no better than guessing.")
     return said

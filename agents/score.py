@@ -177,7 +177,8 @@ def play_dream(
 
 
 def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], seeds: Sequence[int],
-                seed: int, progress: Callable[[int], None] | None = None) -> list[Played]:
+                seed: int, progress: Callable[[int], None] | None = None,
+                anywhere: bool = False) -> list[Played]:
     """Play the episodes ``block`` with every policy, all of them in one batch of dream slots.
 
     Policies share each episode's start state and noise, because both follow from the episode's
@@ -188,6 +189,7 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
         block: episode numbers to play now.
         seeds: one per episode of the whole experiment.
         seed: of the policies' own choices.
+        anywhere: begin at any recorded moment, not only where real episodes begin.
 
     Raises:
         ConfigError: the task has no horizon. A policy's own errors come with its name.
@@ -198,9 +200,8 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
     world, per_chunk = task.world, int(task.world.spec.frames_per_chunk)
     who_R = np.repeat(np.arange(len(policies)), len(block))
     episode_R = np.tile(np.asarray(block, np.int64), len(policies))
-    for policy in policies:
-        policy.reset(len(seeds), seed)
-    state = _begin(task, [int(seeds[e]) for e in episode_R])
+    _reset(policies, len(seeds), seed)
+    state = _begin(task, [int(seeds[e]) for e in episode_R], anywhere)
     latents = as_numpy(state.latents_BCHW)
     shown = any(not _reads_latents(p) for p in policies)
     frames = as_numpy(world.decode(state.latents_BCHW)) if shown else None
@@ -228,6 +229,11 @@ def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], see
             for k, p in enumerate(policies)]
 
 
+def _reset(policies: Sequence[Policy], slots: int, seed: int) -> None:
+    for policy in policies:
+        policy.reset(slots, seed)
+
+
 def check_horizon(task: Any) -> None:
     """Raise ConfigError unless every dreamt episode of ``task`` comes to an end."""
     if task.horizon is None:
@@ -236,10 +242,10 @@ def check_horizon(task: Any) -> None:
                           fix="load_task(id, horizon=525)")
 
 
-def _begin(task: Any, keys: list[int]) -> Any:
-    """State of one dream per key, each at the beginning of an episode."""
+def _begin(task: Any, keys: list[int], anywhere: bool) -> Any:
+    """State of one dream per key, each at the beginning of an episode or anywhere in one."""
     episodes = [0] * len(keys)
-    index = task.starts.sample(keys, episodes, beginnings_only=True)
+    index = task.starts.sample(keys, episodes, beginnings_only=not anywhere)
     return task.world.begin(task.starts.gather(index), keys, episodes)
 
 

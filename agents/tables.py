@@ -100,9 +100,55 @@ def fuzz(data: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+LADDERS = {"ladder": "all", "ladder-outside": "those that did not learn in a dream"}
+AGREEMENT = {"pearson_r": "Pearson's r", "kendall_tau": "Kendall's tau", "mmrv": "MMRV (tics)",
+             "optimism": "optimism (tics)"}
+
+
+def evaluation(data: dict[str, Any]) -> str:
+    """Agreement of dream and real values, what pairing and uncertainty are worth, every policy."""
+    rows = _lookup(data)
+    lines = ["| policies | " + " | ".join(AGREEMENT.values()) + " |", "|---" * 5 + "|"]
+    for what, label in LADDERS.items():
+        if (what, "policies") in rows:
+            cells = [_figure(rows.get((what, metric))) for metric in AGREEMENT]
+            lines.append(f"| {label} ({rows[what, 'policies']['value']:.0f}) | "
+                         + " | ".join(cells) + " |")
+    pairs = {"ladder-moments": "from recorded moments on, 60 steps", "ladder": "whole lives"}
+    said = [f"{label} {_figure(rows[what, 'paired_episode_ratio'])}"
+            for what, label in pairs.items() if (what, "paired_episode_ratio") in rows]
+    lines += ["", "Episodes that a paired comparison of neighbours needs, as a share of what an "
+              f"unpaired one needs: {'; '.join(said)}." if said else ""]
+    doubt = rows.get(("ladder", "uncertainty_auroc"))
+    if doubt is not None:
+        lines[-1] += (" Spread of reward and end over forks foretells a wrong reward or end within "
+                      f"8 steps with an AUROC of {_figure(doubt)}.")
+    known = sorted(((w, r["value"]) for (w, m), r in rows.items() if m == "real_return"),
+                   key=lambda pair: -pair[1])
+    lines += ["", "<details><summary>Every policy</summary>", "",
+              "| policy | in the real game (tics) | in the dream (tics) | optimism |",
+              "|---|---|---|---|"]
+    for what, real in known:
+        dream = rows[what, "dream_return"]
+        lines.append(f"| {what} | {_tics(rows[what, 'real_return'])} | {_tics(dream)} | "
+                     f"{dream['value'] - real:+,.0f} |")
+    return "\n".join([*lines, "", "</details>", ""])
+
+
+def _figure(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    digits = 2 if abs(row["value"]) < 10 else 0
+    text = f"{row['value']:,.{digits}f}"
+    if "ci95" in row:
+        text += " ({:,.{d}f} to {:,.{d}f})".format(*row["ci95"], d=digits)
+    return text
+
+
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "transfer": ("take_cover_transfer.json", "worldgym score", transfer),
     "bench": ("take_cover_bench.json", "make bench", bench),
+    "evaluation": ("take_cover_evaluation.json", "worldgym evaluate --ladder --real", evaluation),
     "fuzz": ("state_fuzz.json", "make fuzz", fuzz),
 }
 

@@ -87,34 +87,46 @@ def collect(env_factory: Callable[[], gym.Env], out: str | Path, *, steps: int |
         store, action = _open(env, Path(out), seed)
         before, had = len(store), store.steps
         player = _Player(env, action, tuple(info), max_episode_steps)
-        total, number = had, before
-        bar = tqdm(total=episodes if steps is None else steps, disable=not progress, desc="record",
-                   initial=before if steps is None else had,
-                   unit="episode" if steps is None else "step")
-        buffer: list[dict[str, Any]] = []
-        try:
-            while (steps is None or total < steps) and (episodes is None or number < episodes):
-                rng = np.random.default_rng([seed, number])
-                which = int(rng.choice(len(names), p=chances))
-                game_seed = int(rng.integers(FIRST_SEED, SEED_LIMIT))
-                buffer.append(player.play(policies[which][2](rng), game_seed, rng)
-                              | {"seed": game_seed, "policy": names[which]})
-                made = len(buffer[-1]["frames"]) - 1
-                total, number = total + made, number + 1
-                bar.update(1 if steps is None else made)
-                size = sum(e["frames"].nbytes for e in buffer)
-                if number % shard_episodes == 0 or size >= SHARD_BYTES:
-                    ready, buffer = buffer, []
-                    store.append(ready)
-        finally:
-            bar.close()
-            if buffer:  # whole episodes; also when the game or the user broke off
-                store.append(buffer)
+
+        def play(number: int) -> dict[str, Any]:
+            rng = np.random.default_rng([seed, number])
+            which = int(rng.choice(len(names), p=chances))
+            game_seed = int(rng.integers(FIRST_SEED, SEED_LIMIT))
+            return player.play(policies[which][2](rng), game_seed, rng) | {
+                "seed": game_seed, "policy": names[which]}
+
+        record_into(store, play, steps=steps, episodes=episodes, shard_episodes=shard_episodes,
+                    progress=progress)
     finally:
         env.close()
     return Recorded(path=str(out), episodes=len(store), steps=store.steps,
                     new_episodes=len(store) - before, new_steps=store.steps - had,
                     seconds=time.monotonic() - begun, policies=by_policy(store))
+
+
+def record_into(store: Episodes, play: Callable[[int], dict[str, Any]], *, steps: int | None,
+                episodes: int | None, shard_episodes: int, progress: bool = True,
+                label: str = "record") -> None:
+    """Append ``play(number)`` for the next numbers until ``store`` holds so much; crash-safe."""
+    total, number = store.steps, len(store)
+    bar = tqdm(total=episodes if steps is None else steps, disable=not progress, desc=label,
+               initial=number if steps is None else total,
+               unit="episode" if steps is None else "step")
+    buffer: list[dict[str, Any]] = []
+    try:
+        while (steps is None or total < steps) and (episodes is None or number < episodes):
+            buffer.append(play(number))
+            made = len(buffer[-1]["frames"]) - 1
+            total, number = total + made, number + 1
+            bar.update(1 if steps is None else made)
+            size = sum(e["frames"].nbytes for e in buffer)
+            if number % shard_episodes == 0 or size >= SHARD_BYTES:
+                ready, buffer = buffer, []
+                store.append(ready)
+    finally:
+        bar.close()
+        if buffer:  # whole episodes; also when the game or the user broke off
+            store.append(buffer)
 
 
 def by_policy(store: Episodes) -> dict[str, dict[str, float]]:
@@ -213,20 +225,25 @@ def _open(env: gym.Env, out: Path, seed: int) -> tuple[Episodes, ActionSpec]:
         raise ConfigError("the game's settings cannot be written as JSON", given=str(error),
                           expected="numbers, strings, lists and dicts",
                           fix="pass plain values to real_env") from error
-    hw = space.shape[:2]
     fps = float(getattr(env, "fps", None) or env.metadata.get("render_fps") or 30)
+    return open_store(out, action, space.shape[:2], fps, made), action
+
+
+def open_store(out: Path, action: ActionSpec, hw: tuple[int, int], fps: float,
+               made: dict[str, Any], agents: int = 0) -> Episodes:
+    """The data set in ``out``, new if there is none; ConfigError if it was made another way."""
     if not (out / "index.json").exists():
-        return Episodes.create(out, action, hw, fps, made), action
+        return Episodes.create(out, action, hw, fps, made, agents)
     store = Episodes.open(out)
-    here = {"action": action, "frame_hw": tuple(hw), "fps": fps, "env": made}
+    here = {"action": action, "frame_hw": tuple(hw), "fps": fps, "env": made, "agents": agents}
     there = {"action": store.action, "frame_hw": tuple(store.frame_hw), "fps": store.fps,
-             "env": dict(store.env)}
+             "env": dict(store.env), "agents": store.agents}
     other = [k for k in here if here[k] != there[k]]
     if other:
         raise ConfigError("the folder holds another recording",
                           given={k: here[k] for k in other}, expected={k: there[k] for k in other},
                           fix="record with the same game and seed, or into another folder")
-    return store, action
+    return store
 
 
 def _check(steps: int | None, episodes: int | None, policies: Sequence, seed: int,

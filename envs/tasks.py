@@ -30,6 +30,9 @@ def _positive_int(value: Any) -> bool:
     return whole and bool(value >= 1)
 
 
+SPREADS = ("latent", "outcome")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """World + reward + end + start states (+ the real twin's id), and when not to believe.
@@ -47,7 +50,8 @@ class Task:
     step (chance of an end within the next steps, as recorded play went on) times this is taken off
     its reward, so that an agent feels what it was lucky to survive, and what only a dream lets it
     survive. ``spread``: how uncertainty is measured, ``(world, state, actions, forks) -> (B,)``;
-    None: ``worldgym.uncertainty``.
+    "latent" (also None): by what forks show, "outcome": by what soon comes of them, reward and end
+    (``worldgym.uncertainty``).
     """
 
     world: Any
@@ -60,7 +64,7 @@ class Task:
     penalty: float = 0.0
     hazard: float = 0.0
     forks: int = 4
-    spread: Callable[..., Any] | None = None
+    spread: str | Callable[..., Any] | None = None
     twin: str | None = None
     facts: dict = field(default_factory=dict)
 
@@ -81,11 +85,12 @@ class Task:
                 raise ConfigError(f"impossible {name}", given=repr(value),
                                   expected="a finite number of at least 0", fix=f"pass {name}=0.5")
         for name, value, words in (("reward", self.reward, ("head",)),
-                                   ("end", self.end, ("head", "never"))):
+                                   ("end", self.end, ("head", "never")),
+                                   ("spread", self.spread or "latent", SPREADS)):
             if not callable(value) and value not in words:
                 raise ConfigError(f"unknown {name}", given=repr(value),
-                                  expected=f"one of {words} or a callable on the chunk",
-                                  fix=f'pass {name}="head"')
+                                  expected=f"one of {words} or a callable",
+                                  fix=f'pass {name}="{words[0]}"')
 
     @property
     def context_steps(self) -> int | None:
@@ -98,13 +103,13 @@ class Task:
         return self.distrust is not None or self.penalty > 0
 
     def uncertainty(self, state: Any, actions: np.ndarray) -> Any:
-        """Fork spread (B,) of the step that ``actions`` would make from ``state``."""
-        spread = self.spread
-        if spread is None:
-            from worldgym.uncertainty import fork_spread
+        """Spread (B,) of the step that ``actions`` would make from ``state``."""
+        if callable(self.spread):
+            return self.spread(self.world, state, actions, self.forks)
+        from worldgym.uncertainty import fork_spread, outcome_spread
 
-            spread = fork_spread
-        return spread(self.world, state, actions, self.forks)
+        measure = outcome_spread if self.spread == "outcome" else fork_spread
+        return measure(self.world, state, actions, self.forks)
 
 
 @functools.lru_cache(maxsize=8)

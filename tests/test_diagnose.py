@@ -9,6 +9,7 @@ import pytest
 from tests.agent_toys import tiny_folder
 from tests.fit_data import make_store
 from tests.known_world import KnownWorld, known_task, record
+from worldgym import uncertainty
 from worldgym.actions import ActionSpec
 from worldgym.agents import cli, reliability, results
 from worldgym.agents.diagnose import diagnose
@@ -116,6 +117,19 @@ def test_spread_that_knows_and_spread_that_does_not(store):
     assert dull["wrong_share"] == knows["wrong_share"]
 
 
+def test_doubt_of_reward_and_end_is_told_beside_that_of_the_latents(tmp_path):
+    data = make_store(tmp_path / "data", steps=(14, 9, 15, 12))
+    sizes = dict(steps=4, clips=8, forks=3, window=2, hold=1)
+    task = replace(known_task(), world=nano.tiny(action=data.action), spread=None)
+    told = diagnose(task, data, **sizes)
+    own = {name: diagnose(replace(task, spread=lambda w, s, a, k, name=name: getattr(
+        uncertainty, name)(w, s, a, k)), data, **sizes).uncertainty
+        for name in ("fork_spread", "outcome_spread")}
+    assert told.uncertainty["auroc_of_latents"] == own["fork_spread"]["auroc"]
+    assert told.uncertainty["auroc"] == own["outcome_spread"]["auroc"]
+    assert told.uncertainty["reliability"] == own["fork_spread"]["reliability"]
+
+
 def test_fork_spread_foretells_errors_of_a_windy_dream(store):
     """Wind blows in the dream from place 6 on; recorded walks never meet any."""
     found = look(store, wind=lambda place: 9 * (place >= 6))
@@ -178,8 +192,8 @@ def replayed(chance, ended, reward=0.0, there=None):
     chance = np.array(chance, float)
     there = np.ones(chance.shape, bool) if there is None else np.array(there, bool)
     ended, zero = np.array(ended, bool), np.zeros(chance.shape)
-    return Replayed(there, there & ~ended, {}, zero, zero, zero + reward, zero, chance * there,
-                    zero.astype(bool), ended)
+    return Replayed(there, there & ~ended, {}, zero, zero, zero, zero + reward, zero,
+                    chance * there, zero.astype(bool), ended)
 
 
 def test_windows_worked_out_by_hand():

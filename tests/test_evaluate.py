@@ -60,6 +60,44 @@ def test_equal_policies_meet_equal_luck_and_every_step_is_kept():
     assert task.world.pool.stats()["pages_used"] == 0
 
 
+def test_policies_that_learned_in_a_dream_are_told_apart(folder, tmp_path):
+    from dataclasses import asdict
+
+    grown = parse_policy("sticky:0.1", THREE)
+    grown.facts = {"where": "dream", "action": asdict(THREE), "frame_hw": [32, 32]}
+    cast = {name: name for name in ("random", "noop", "sweep:5")}
+    given = {"episodes": 6, "real": True, "progress": False}
+    found = evaluate(folder, {**cast, "grown": grown}, out=tmp_path / "with", **given)
+    outside = evaluate(folder, cast, out=tmp_path / "without", **given)
+    assert found.outsiders == list(cast) and outside.agreement_outside is None
+    assert found.agreement_outside == outside.agreement != found.agreement
+    data = toys.numbers(tmp_path / "with")
+    assert [p["learned_in_dream"] for p in data["policies"]] == [False] * 3 + [True]
+    assert data["agreement_outside"] == toys.numbers(tmp_path / "without")["agreement"]
+    rows = {(r["what"], r["metric"]): r["value"]
+            for r in json.loads((tmp_path / "with" / "results.json").read_text())["rows"]}
+    assert rows["ladder", "policies"] == 4 and rows["ladder-outside", "policies"] == 3
+    assert ("ladder-outside", "mmrv") in rows and "did not learn in a dream" in text(found)
+
+
+def test_anywhere_begins_within_episodes_and_says_so(folder, tmp_path, monkeypatch):
+    from worldgym.data.starts import StartBank
+
+    asked, sample = [], StartBank.sample
+    monkeypatch.setattr(StartBank, "sample", lambda self, *a, beginnings_only=False: (
+        asked.append(beginnings_only), sample(self, *a, beginnings_only=beginnings_only))[1])
+    given = {"episodes": 3, "progress": False, "horizon": 4}
+    found = evaluate(folder, CAST, anywhere=True, out=tmp_path / "any", **given)
+    assert set(asked) == {False} and "next 4 steps" in text(found)
+    evaluate(folder, CAST, out=tmp_path / "whole", **given)
+    assert asked[-1] is True
+    with pytest.raises(ConfigError, match="other settings"):
+        evaluate(folder, CAST, out=tmp_path / "any", **given)
+    with pytest.raises(ConfigError, match="cannot begin in the middle"):
+        evaluate(folder, CAST, anywhere=True, real=True, out=tmp_path / "real", **given)
+    assert not (tmp_path / "real").exists()
+
+
 def test_json_has_the_agreed_form(found):
     result, out = found
     data = toys.numbers(out)

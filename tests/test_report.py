@@ -98,7 +98,7 @@ def test_the_diagnosis_is_told(page, told):
     assert [float(row[6][1]) for row in rows] == by_step["ssim_copy"]
     for name in ("rewards", "ends", "reliability", "uncertainty", "actions", "idling"):
         assert page.rows(name), name
-    assert "PSNR" in page.texts["verdict"] and "fork spread" in page.texts["verdict"]
+    assert "PSNR" in page.texts["verdict"] and "forks differ" in page.texts["verdict"]
 
 
 def test_nothing_is_loaded_and_names_stay_names(page):

@@ -57,7 +57,7 @@ def export_minari(episodes: Episodes, path: str | Path, dataset_id: str) -> Path
     except ValueError as error:
         raise DatasetError("bad Minari data set id", given=repr(dataset_id),
                            expected="(namespace/)name-v0", fix="e.g. 'worldgym/pong-v0'") from error
-    path = Path(path)
+    path, episodes = Path(path), episodes.one_player()
     if path.exists() or not len(episodes):
         raise DatasetError(
             "cannot export", given=f"{len(episodes)} episodes to {path}",

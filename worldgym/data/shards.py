@@ -2,7 +2,10 @@
 
 Rows are aligned: row t of an episode holds frame t AND the action that led to it from frame t-1,
 the reward received on arriving, and the end flags. Row 0 has the zero (null) action.
-Legend: R rows, H W pixels; an episode of T steps has T + 1 rows.
+Legend: R rows, H W pixels, N player slots; an episode of T steps has T + 1 rows.
+
+A recording of several players (``agents`` = N > 0) has one action and one reward per slot: actions
+int16 (N,), ``ABSENT`` in slots nobody takes and in row 0, rewards float32 (N,). All else is shared.
 """
 
 import os
@@ -16,16 +19,24 @@ from worldgym.errors import DatasetError
 
 Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
 INFO_KINDS = "biuf"
+ABSENT = -1
 
 
 def layout_of(
-    action: ActionSpec, frame_hw: tuple[int, int], info: Mapping[str, Sequence]
+    action: ActionSpec, frame_hw: tuple[int, int], info: Mapping[str, Sequence], agents: int = 0
 ) -> Layout:
     """Dtype and row shape of every field; ``info`` maps ``info_*`` names to (dtype, shape)."""
+    if agents < 0 or (agents and (action.kind != "discrete" or action.start)):
+        raise DatasetError(
+            "impossible player slots", given=f"{agents} with {action.kind} actions",
+            expected="0 (one player) or more, several only with Discrete(n) from 0",
+            fix="give every player one discrete action",
+        )
+    slots = (agents,) if agents else ()
     table: Layout = {
         "frames": (np.dtype(np.uint8), (*frame_hw, 3)),
-        "actions": (action.dtype, tuple(action.shape)),
-        "rewards": (np.dtype(np.float32), ()),
+        "actions": (np.dtype(np.int16) if agents else action.dtype, (*slots, *action.shape)),
+        "rewards": (np.dtype(np.float32), slots),
         "terminated": (np.dtype(bool), ()),
         "truncated": (np.dtype(bool), ()),
     }
@@ -41,8 +52,24 @@ def layout_of(
     return table
 
 
+def check_actions(actions: np.ndarray, action: ActionSpec, agents: int) -> None:
+    """Refuse actions (rows T, the first row left out) outside their space."""
+    if not agents:
+        action.check(actions)
+        return
+    taken = actions[0] != ABSENT
+    flat = actions[:, taken].ravel()  # a slot that is taken acts at every step
+    action.check(flat)
+    if (actions[:, ~taken] != ABSENT).any():
+        raise DatasetError(
+            "a player joins in the middle", given=f"slots taken at first: {taken.tolist()}",
+            expected=f"{ABSENT} at every step of a free slot, an action at every step of others",
+            fix="begin a new episode when somebody joins; record noop for players who are out",
+        )
+
+
 def check_flags(terminated: np.ndarray, truncated: np.ndarray, rewards: np.ndarray,
-                actions: np.ndarray, label: str) -> None:
+                actions: np.ndarray, label: str, agents: int = 0) -> None:
     """Refuse one episode (rows T+1) whose ends, rewards or first row make no sense."""
     for name, flags in (("terminated", terminated), ("truncated", truncated)):
         early = np.flatnonzero(flags[:-1])
@@ -55,18 +82,19 @@ def check_flags(terminated: np.ndarray, truncated: np.ndarray, rewards: np.ndarr
     if not np.isfinite(rewards).all():
         raise DatasetError(
             "reward is not finite",
-            given=f"{label}, row {np.flatnonzero(~np.isfinite(rewards))[0]}",
+            given=f"{label}, row {np.argwhere(~np.isfinite(rewards))[0][0]}",
             expected="finite numbers", fix="look at the environment's reward",
         )
-    if actions[0].any() or rewards[0] != 0:
+    if (actions[0] != (ABSENT if agents else 0)).any() or (rewards[0] != 0).any():
         raise DatasetError(
             "row 0 is not a reset row", given=f"{label}: action {actions[0]}, reward {rewards[0]}",
-            expected="zero action and zero reward: nothing led to the first frame",
+            expected=f"action {ABSENT if agents else 0}, reward 0: nothing led to the first frame",
             fix="put the action and reward of step t on row t + 1, beside the frame it led to",
         )
 
 
-def check_episode(episode: Mapping, action: ActionSpec, table: Layout, label: str) -> dict:
+def check_episode(episode: Mapping, action: ActionSpec, table: Layout, label: str,
+                  agents: int = 0) -> dict:
     """Arrays of one episode in the dtypes of ``table``, plus ``seed`` and ``policy``."""
     fields = set(episode) - {"seed", "policy"}
     if fields != set(table) or "policy" not in episode or "seed" not in episode:
@@ -100,8 +128,8 @@ def check_episode(episode: Mapping, action: ActionSpec, table: Layout, label: st
                 fix="an episode of T steps has T + 1 rows in every field",
             )
         out[name] = array.astype(dtype, copy=False)
-    action.check(out["actions"][1:])
-    check_flags(out["terminated"], out["truncated"], out["rewards"], out["actions"], label)
+    check_actions(out["actions"][1:], action, agents)
+    check_flags(out["terminated"], out["truncated"], out["rewards"], out["actions"], label, agents)
     return out
 
 

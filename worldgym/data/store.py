@@ -2,7 +2,7 @@
 
 The index names every shard and episode; whatever it does not name does not exist, so an append
 that is killed half-way leaves the data set as it was. Layout of a row: ``worldgym.data.shards``.
-Legend: E episodes, R rows, T steps of an episode (T + 1 rows), H W pixels.
+Legend: E episodes, R rows, T steps of an episode (T + 1 rows), H W pixels, N player slots.
 """
 
 import json
@@ -18,6 +18,7 @@ import numpy as np
 
 from worldgym.actions import ActionSpec
 from worldgym.data.shards import (
+    check_actions,
     check_episode,
     check_flags,
     layout_of,
@@ -41,7 +42,8 @@ class Episodes:
 
     Attributes: ``lengths_E`` steps per episode and ``starts_E`` first rows (as ``lengths`` and
     ``starts``, int64), ``policies`` and ``seeds`` (lists), ``action``, ``frame_hw``, ``fps``
-    (frames per second), ``env`` (how the environment was made), ``fields`` (name -> dtype, shape).
+    (frames per second), ``env`` (how the environment was made), ``fields`` (name -> dtype, shape),
+    ``agents`` (player slots N, 0 in recordings of one player).
 
     >>> import tempfile
     >>> from worldgym.actions import ActionSpec
@@ -66,7 +68,7 @@ class Episodes:
 
     @classmethod
     def create(cls, path: str | Path, action: ActionSpec, frame_hw: tuple[int, int], fps: float,
-               env: Mapping[str, Any]) -> "Episodes":
+               env: Mapping[str, Any], agents: int = 0) -> "Episodes":
         """Start an empty data set in a new or empty folder.
 
         Args:
@@ -75,6 +77,7 @@ class Episodes:
             frame_hw: height and width of the frames, in pixels.
             fps: frames per second, i.e. environment steps per second.
             env: how the environment was made; plain JSON data.
+            agents: player slots, each with its own action and reward; 0: one player, no slots.
         """
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -85,7 +88,7 @@ class Episodes:
         index = {
             "format": FORMAT, "env": dict(env), "action": asdict(action),
             "frame_hw": [int(n) for n in frame_hw], "fps": float(fps), "info": {}, "shards": [],
-        }
+        } | ({"agents": int(agents)} if agents else {})
         _parse_head(index, path)
         path.mkdir(parents=True, exist_ok=True)
         _write_index(path, index)
@@ -94,6 +97,7 @@ class Episodes:
     def _load(self) -> None:
         index = _read_index(self.path)
         self.action, self.frame_hw, self.fps, self.env, self.fields = _parse_head(index, self.path)
+        self.agents = int(index.get("agents", 0))
         shards, first, starts, lengths, seeds, policies = [], [0], [], [], [], []
         for entry in index["shards"]:
             name, rows, table = _parse_shard(entry, self.path)
@@ -207,9 +211,9 @@ class Episodes:
             if not index["shards"]:
                 extra = {k: np.asarray(v) for k, v in episodes[0].items() if k.startswith("info_")}
                 index["info"] = {k: [v.dtype.str, list(v.shape[1:])] for k, v in extra.items()}
-            table = layout_of(self.action, self.frame_hw, index["info"])
+            table = layout_of(self.action, self.frame_hw, index["info"], self.agents)
             checked = [
-                check_episode(e, self.action, table, f"episode {i} of the list")
+                check_episode(e, self.action, table, f"episode {i} of the list", self.agents)
                 for i, e in enumerate(episodes)
             ]
             before, name = len(self), f"shard-{len(index['shards']):05d}"
@@ -232,13 +236,21 @@ class Episodes:
 
     append_episodes = append
 
+    def one_player(self) -> "Episodes":
+        """Itself, if it has no player slots; else a DatasetError, for what knows one player."""
+        if self.agents:
+            raise DatasetError("a recording of several players", expected="one player",
+                               given=f"{self.path} with {self.agents} slots",
+                               fix="read it with worldgym.data.party")
+        return self
+
     def verify(self) -> None:
         """Read everything but the frames and refuse flags, rewards or actions without sense."""
         for i in range(len(self)):
             data = self.episode(i)
             flags = data["terminated"], data["truncated"]
-            check_flags(*flags, data["rewards"], data["actions"], f"episode {i}")
-            self.action.check(data["actions"][1:])
+            check_flags(*flags, data["rewards"], data["actions"], f"episode {i}", self.agents)
+            check_actions(data["actions"][1:], self.action, self.agents)
 
 
 @contextmanager
@@ -295,7 +307,7 @@ def _parse_head(index: dict, path: Path) -> tuple[ActionSpec, tuple[int, int], f
             raise ValueError(f"frame_hw {(height, width)}, fps {fps}")
         if not isinstance(index["shards"], list):
             raise TypeError("shards is not a list")
-        fields = layout_of(action, (height, width), index.get("info", {}))
+        fields = layout_of(action, (height, width), index.get("info", {}), index.get("agents", 0))
         return action, (height, width), fps, dict(index["env"]), fields
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, DatasetError):

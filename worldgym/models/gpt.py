@@ -78,10 +78,17 @@ class _MLP(nn.Module):
         self.c_proj = nn.Linear(4 * dim, dim, bias=bias)
 
 
-class Pair(NamedTuple):
-    """Weight and bias, where there are any."""
+class Norm(NamedTuple):
+    """Weight and bias of a layer norm, where there are any."""
 
     weight: Tensor | None
+    bias: Tensor | None
+
+
+class Linear(NamedTuple):
+    """Weight and bias of a linear layer."""
+
+    weight: Tensor
     bias: Tensor | None
 
 
@@ -89,12 +96,12 @@ class Layer(NamedTuple):
     """The tensors of one block: looking them up in modules costs more than a small product."""
 
     heads: int
-    ln_1: Pair
-    qkv: Pair
-    out: Pair
-    ln_2: Pair
-    up: Pair
-    down: Pair
+    ln_1: Norm
+    qkv: Linear
+    out: Linear
+    ln_2: Norm
+    up: Linear
+    down: Linear
 
     def forward(self, x_BTD: Tensor, attend: Attend, number: int = 0,
                 last: int | None = None) -> Tensor:
@@ -102,7 +109,6 @@ class Layer(NamedTuple):
         size = x_BTD.shape[-1]
         y = torch.layer_norm(x_BTD, (size,), *self.ln_1)
         weight, bias = self.qkv
-        assert weight is not None
         if last is None or last >= y.shape[1]:
             q, k, v = F.linear(y, weight, bias).view(
                 *y.shape[:2], 3, self.heads, size // self.heads).unbind(2)
@@ -132,9 +138,10 @@ class Block(nn.Module):
 
     def layer(self) -> Layer:
         """The tensors as they are now."""
-        parts = (self.ln_1, self.attn.c_attn, self.attn.c_proj, self.ln_2, self.mlp.c_fc,
-                 self.mlp.c_proj)
-        return Layer(self.heads, *(Pair(p.weight, p.bias) for p in parts))
+        first, second = (Norm(n.weight, n.bias) for n in (self.ln_1, self.ln_2))
+        qkv, out, up, down = (Linear(x.weight, x.bias) for x in (
+            self.attn.c_attn, self.attn.c_proj, self.mlp.c_fc, self.mlp.c_proj))
+        return Layer(self.heads, first, qkv, out, second, up, down)
 
     def forward(self, x_BTD: Tensor, attend: Attend) -> Tensor:
         return self.layer().forward(x_BTD, attend)
@@ -160,7 +167,7 @@ class Network(NamedTuple):
     wte: Tensor
     wpe: Tensor
     layers: list[Layer]
-    norm: Pair
+    norm: Norm
 
     def hidden(self, ids_BT: Tensor, positions: Tensor, attend: Attend = causal,
                last: int | None = None) -> Tensor:
@@ -227,7 +234,7 @@ class GPT(nn.Module):
         old = self._network
         if old is None or old.wte is not tokens.weight or old.norm.weight is not norm.weight:
             blocks = [cast(Block, b).layer() for b in cast(nn.ModuleList, parts["h"])]
-            old = Network(tokens.weight, places.weight, blocks, Pair(norm.weight, norm.bias))
+            old = Network(tokens.weight, places.weight, blocks, Norm(norm.weight, norm.bias))
             self._network = old
         return old
 

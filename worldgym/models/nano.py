@@ -51,8 +51,8 @@ class NanoConfig:
 
     ``steps``: denoising timesteps of one step (1000 = pure noise); ``temperature``: factor on the
     sampler's noise; ``context_noise``: noise level told to the network for frames in memory;
-    ``end_scale``: factor on the end chance; ``outcome_ahead``, ``reward_range``: see
-    ``OutcomeConfig``.
+    ``end_scale``, ``danger_ends``: see ``LearnedOutcome``; ``outcome_ahead``, ``reward_range``:
+    see ``OutcomeConfig``.
     """
 
     name: str
@@ -71,12 +71,14 @@ class NanoConfig:
     outcome_width: int = 48
     outcome_members: int = 2
     outcome_ahead: int = 0
+    danger_ends: bool = False
     reward_range: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     def to_json(self) -> dict:
         """Plain dict that ``from_json`` reads back."""
         data = asdict(self)
-        for name in ("reward_range", "outcome_ahead"):  # older worlds keep their fingerprint
+        # older worlds keep their fingerprint
+        for name in ("reward_range", "outcome_ahead", "danger_ends"):
             if not data[name]:
                 del data[name]
         return data
@@ -144,9 +146,10 @@ class Nano(nn.Module):
         self.eval().requires_grad_(False).to(device)
         cfg = self.cfg
         schedule = FewStep(tuple(cfg.steps), tuple(t / 1000 for t in cfg.steps))
+        outcome = LearnedOutcome(self.outcome, cfg.end_scale, cfg.danger_ends)
+        memory = SinkWindow(cfg.window, cfg.sink)
         return World(
-            cfg.spec, self.codec, self.dynamics, LearnedOutcome(self.outcome, cfg.end_scale),
-            SinkWindow(cfg.window, cfg.sink), schedule,
+            cfg.spec, self.codec, self.dynamics, outcome, memory, schedule,
             temperature=cfg.temperature, context_noise=cfg.context_noise,
             fingerprint=value_fingerprint(self), device=device, max_pages=max_pages)
 

@@ -1,4 +1,4 @@
-"""The convolutional image tokeniser that WHAM's hyper-parameters can name (specs/wham.md section 2).
+"""The convolutional image tokeniser that WHAM may name (specs/wham.md section 2).
 
 Shapes: B image, C channel, H W pixels, h w token grid, T = h * w, Z code width.
 """
@@ -48,8 +48,9 @@ class ConvConfig:
             flat = dict(spec["taming_ddconfig"])
             for name in ("n_embed", "embed_dim", "num_indices_per_axis"):
                 flat[name] = spec[f"taming_{name}"]
-            return cls(**{k: tuple(v) if isinstance(v, Sequence) else v
-                          for k, v in flat.items() if k in names})
+            known: dict[str, Any] = {k: tuple(v) if isinstance(v, Sequence) else v
+                                     for k, v in flat.items() if k in names}
+            return cls(**known)
         except (KeyError, TypeError) as error:
             raise ConfigError("tokeniser spec cannot be used", given=repr(error),
                               expected="taming_n_embed, taming_embed_dim, taming_ddconfig, ...",

@@ -21,7 +21,8 @@ from worldgym.models.vqgan_conv import ConvConfig, ConvVQGAN
 # layers, heads, width of the published sizes; heads cannot be read off a checkpoint
 SIZES = {"chinchilla-251M": (16, 16, 1024), "chinchilla-1018M": (23, 14, 1792),
          "wham-4kvocab-1.6b": (24, 18, 2304), "wham-3b": (30, 24, 3072)}
-TOKENIZERS = {"vit": (ViTConfig, ViTVQGAN), "conv": (ConvConfig, ConvVQGAN)}
+TOKENIZERS: dict[str, tuple[Any, Any]] = {"vit": (ViTConfig, ViTVQGAN),
+                                         "conv": (ConvConfig, ConvVQGAN)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -188,7 +188,7 @@ def _image_spec(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _known(spec: dict[str, Any]) -> dict[str, Any]:
     """Keys of a tokeniser spec that shape the network."""
     names = {"commitment_cost", *(f for kind, _ in TOKENIZERS.values()
-                                  for f in kind.__dataclass_fields__)}  # type: ignore[attr-defined]
+                                  for f in kind.__dataclass_fields__)}
     return {k: v for k, v in spec.items() if k in names or k.startswith("taming_")}
 
 
@@ -204,7 +204,7 @@ def _gpt_config(path: Path, spec: dict[str, Any], tensors: Mapping[str, Tensor],
     if size is None:
         raise ConfigError(
             "unknown model size", given=f"{path}: {name!r} with {layers} layers, width "
-            f"{wte.shape[1]}", expected=f"one of {sorted(sizes)} (heads cannot be read off tensors)",
+            f"{wte.shape[1]}", expected=f"one of {sorted(sizes)} (tensors do not tell the heads)",
             fix="give its (layers, heads, width): sizes={...}, or --size LAYERS HEADS WIDTH")
     if (size[0], size[2]) != (layers, wte.shape[1]):
         raise CheckpointError(

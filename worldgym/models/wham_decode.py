@@ -132,7 +132,8 @@ def raster(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Choos
     ranges = [model.image_range(i) for i in range(model.image_tokens)]
     if act is not None:
         ranges += [model.action_range(i) for i in range(model.step_tokens - model.image_tokens)]
-    made, x = [], _fill(state_BD, after.rows)
+    made: list[Tensor] = []
+    x = _fill(state_BD, after.rows)
     for index, (low, high) in enumerate(ranges):
         if index:
             x = after.feed(made[-1])
@@ -152,7 +153,8 @@ def raster(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Choos
 def actions(model: Wham, groups: Sequence[Group], act: Choose,
             watch: Watch | None = None) -> Tensor:
     """Action ids (B, A) that follow sequences which end with an image."""
-    after, made = _Next(model, groups), []
+    after = _Next(model, groups)
+    made: list[Tensor] = []
     x = _fill(prefill(model, groups), after.rows)
     for index in range(model.step_tokens - model.image_tokens):
         if index:

@@ -71,7 +71,8 @@ class WhamWorld(World):
                  propose: bool = False, name: str = "wham", fps: float = 10.0,
                  licence: Licence = LICENCE, fingerprint: str = "", outcome=None,
                  max_pages: int | None = None) -> None:
-        self.model, self.codec, self.outcome = model, model.tokenizer, outcome
+        self.model, self.outcome = model, outcome
+        self.codec = model.tokenizer  # type: ignore[assignment]  # encode and decode, as a Codec
         self.device = model.gpt.device
         self.sampling = sampling or Sampling()
         self.temperature = self.sampling.temperature

@@ -110,7 +110,7 @@ class Fit:
                               expected=f"a --batch that is a multiple of {size}, and 1, 2, 4, 8, "
                                        "16 or 32 processes",
                               fix="change --batch or --nproc_per_node")
-        self.episodes = Episodes.open(cfg.data)
+        self.episodes = Episodes.open(cfg.data).one_player()
         if not len(self.episodes):
             raise DatasetError("no episodes to learn from", given=str(cfg.data),
                                expected="at least one recorded episode",
