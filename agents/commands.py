@@ -12,6 +12,7 @@ from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
 from worldgym.agents.commands_party import CollectParty
 from worldgym.agents.commands_report import Report
+from worldgym.agents.commands_wham import Convert
 from worldgym.agents.ladder import named
 from worldgym.errors import ConfigError
 
@@ -296,33 +297,6 @@ class Inspect:
         from worldgym.agents.inspect import describe
 
         print(describe(self.path))
-
-
-@dataclass(kw_only=True)
-class Convert:
-    """Write a published WHAM checkpoint (.ckpt) as safetensors, without running code from it.
-
-    Args:
-        path: the published file.
-        out: safetensors file to write; optimiser state, masks and the second head are left out.
-        size: layers, heads and width, for a model size that the built-in table lacks.
-        half: store bfloat16 instead of float32.
-    """
-
-    path: Path
-    out: Path
-    size: tuple[int, int, int] | None = None
-    half: bool = False
-
-    def run(self) -> None:
-        """Convert."""
-        import torch
-
-        from worldgym.models import wham_checkpoint
-
-        sizes = None if self.size is None else {"*": self.size}
-        print("written:", wham_checkpoint.convert(self.path, self.out, sizes,
-                                                  torch.bfloat16 if self.half else None))
 
 
 @dataclass(kw_only=True)
