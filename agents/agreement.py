@@ -111,19 +111,24 @@ def agreement(dream_KN: np.ndarray, real_KM: np.ndarray) -> dict[str, Figure | N
     return figures
 
 
-def paired_ratio(returns_KN: np.ndarray) -> Figure | None:
+def paired_ratio(returns_KN: np.ndarray, plain_KN: np.ndarray | None = None) -> Figure | None:
     """Episodes a paired design needs over those an unpaired one needs, for equal intervals.
 
     The mean of var(a - b) / (var a + var b) over policies that are neighbours in mean return;
     below 1 pairing helps. None where no neighbours vary.
+
+    Args:
+        plain_KN: returns of the same policies as the unpaired design would have them, of which the
+            denominator is taken; default: the same returns.
     """
     order = np.argsort(np.asarray(returns_KN).mean(1), kind="stable")
     ranked = np.asarray(returns_KN, np.float64)[order]
+    plain = ranked if plain_KN is None else np.asarray(plain_KN, np.float64)[order]
 
     def ratio(index_RN: np.ndarray, axis: int = -1) -> np.ndarray:
-        sample_KRN = ranked[:, index_RN]
-        spread = sample_KRN.var(-1, ddof=1)
-        both, gap = spread[1:] + spread[:-1], np.diff(sample_KRN, axis=0).var(-1, ddof=1)
+        spread = plain[:, index_RN].var(-1, ddof=1)
+        both = spread[1:] + spread[:-1]
+        gap = np.diff(ranked[:, index_RN], axis=0).var(-1, ddof=1)
         vary = both > 0
         total = np.where(vary, gap / np.where(vary, both, 1), 0).sum(0)
         return np.where(vary.any(0), total / np.maximum(vary.sum(0), 1), np.nan)[None]

@@ -285,7 +285,7 @@ def deviation(model: Wham, leads: tuple[int, ...], frames: int = 24) -> list[Row
         state = begin(world, frames, 2)
         new, _ = world.step(state, action)
         ids = torch.cat([model.sequence(states.history_BKChw[:, -2:].flatten(2),
-                                        torch.cat([state.pending_BA[:, -2:-1],
+                                        torch.cat([state.extra["taken_BFA"][:, -2:-1],
                                                    world._features(action)[:, None]], 1)),
                          new.latents_BCHW.flatten(1)], 1)
         return float(surprise(model, ids, model.image_tokens).mean())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -29,6 +29,10 @@ class Evaluate:
         draw: draw actions from the policy instead of taking the most probable one.
         anywhere: begin at recorded moments anywhere in episodes; with a short --horizon policies
             share most of their luck.
+        anchor: steps after which a dream goes on from a recorded moment of the same age, so that
+            its faults do not add up.
+        expected: count ends by their chance instead of drawing them; for short horizons.
+        end: how dreams end; danger ends them as often as recorded play in such situations ended.
         report: write report.html into the folder when done, with films if --real.
     """
 
@@ -46,6 +50,9 @@ class Evaluate:
     horizon: int | None = None
     draw: bool = False
     anywhere: bool = False
+    anchor: int | None = None
+    expected: bool = False
+    end: Literal["head", "danger", "never"] | None = None
     report: bool = True
 
     def run(self) -> None:
@@ -59,7 +66,8 @@ class Evaluate:
             self.world, wanted, episodes=self.episodes, real=self.real, out=self.out,
             until_separated=self.until_separated, seed=self.seed, slots=self.slots,
             games=self.games, horizon=self.horizon, alpha=self.alpha, draw=self.draw,
-            anywhere=self.anywhere)
+            anywhere=self.anywhere, anchor=self.anchor, expected=self.expected,
+            end=self.end)
         print(text(found))
         if self.report and found.folder is not None:
             from worldgym.agents.report import write_report

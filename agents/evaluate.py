@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from worldgym.actions import ActionSpec
 from worldgym.agents import results, sequential
+from worldgym.agents.course import Course, check_count
 from worldgym.agents.evaluation import Evaluation
 from worldgym.agents.games import game_maker, unit
 from worldgym.agents.ladder import expand, named
@@ -23,7 +24,6 @@ from worldgym.agents.policy import Policy
 from worldgym.agents.score import (
     REAL_SEEDS,
     Played,
-    check_count,
     check_horizon,
     dream_block,
     opened,
@@ -39,7 +39,8 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
              episodes: int = 50, real: bool = False, until_separated: bool = False,
              out: str | Path | None = None, seed: int = REAL_SEEDS, slots: int = SLOTS,
              games: int = 8, horizon: int | None = None, alpha: float = 0.05, draw: bool = False,
-             anywhere: bool = False, progress: bool = True) -> Evaluation:
+             anywhere: bool = False, anchor: int | None = None, expected: bool = False,
+             end: str | None = None, progress: bool = True) -> Evaluation:
     """Score policies in the dream, and with ``real`` in the real twin too.
 
     Episode e of every policy begins in the same state and meets the same noise. Finished blocks of
@@ -48,21 +49,19 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
 
     Args:
         world: id, folder, or a ``Task``.
-        policies: names as ``parse_policy`` reads them, ``name=policy``, or ``ladder``; or a mapping
-            of names to these or to policies.
+        policies: names (``parse_policy``), ``name=policy``, or ``ladder``; or a mapping to them.
         episodes: episodes of each policy; with ``until_separated`` the most there may be.
-        until_separated: stop as soon as every pair differs in the dream, by a group-sequential
-            test (``worldgym.agents.sequential``).
-        out: folder for blocks, evaluation.json and results.json; default: a folder under ``runs``
-            named after the settings.
+        until_separated: stop as soon as every pair differs (``worldgym.agents.sequential``).
+        out: folder for blocks and results; default: under ``runs``, named after the settings.
         seed: first seed of the episodes.
         slots, games: dream slots in one batch, real games in lockstep.
         horizon: steps after which a dreamt episode is cut; default: the world's.
         alpha: chance that ``until_separated`` tells any equal pair apart.
         draw: draw actions from trained policies instead of taking the most probable one.
-        anywhere: begin at recorded moments anywhere in episodes, easy and dangerous ones. With a
-            short ``horizon`` policies share most of their luck, and far fewer episodes part them;
-            the value is that of the next steps of play, not of a whole episode.
+        anywhere: begin at recorded moments anywhere in episodes. With a short ``horizon`` policies
+            share most of their luck, and far fewer episodes part them.
+        anchor, expected: see ``Course``; end: "head" or "danger" (``Task``). With anchor and danger
+            a dream's faults neither add up nor pay, also for policies that learned in the dream.
 
     Raises:
         ConfigError: no policy, two of one name, one that does not fit this world, no real twin,
@@ -70,19 +69,19 @@ def evaluate(world: str | Path | Any, policies: Sequence[str] | Mapping[str, str
             agent file is missing.
     """
     _check_numbers(episodes, slots, games, real and anywhere)
-    task = _task(world, horizon)
+    task, course = _task(world, horizon, end), Course(anywhere, anchor, expected)
     cast = _cast(policies, task, draw)
     maker = game_maker(task) if real else None
     width, error = max(1, slots // len(cast)), alpha if until_separated else None
     looks = _looks(episodes, error, len(cast))
-    settings = _settings(task, cast, seed, episodes, width, draw, error, anywhere)
+    settings = _settings(task, cast, seed, episodes, width, draw, error, course)
     ledger = Ledger(out or _default_out(settings), settings)
-    run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, anywhere, progress)
+    run = _Run(task, cast, ledger, range(seed, seed + episodes), maker, games, course, progress)
     played, verdict = run.play(looks, width, error)
     found = Evaluation(str(task.name), {n: a.source for n, a in cast.items()}, played, episodes,
                        unit(task), task.horizon, looks, verdict,
-                       frozenset(n for n, a in cast.items() if a.dreamt), anywhere,
-                       folder=ledger.folder)
+                       frozenset(n for n, a in cast.items() if a.dreamt), course,
+                       task.end == "danger", folder=ledger.folder)
     _write(found, ledger.folder)
     return found
 
@@ -124,7 +123,7 @@ class _Run:
     seeds: range
     maker: Any
     games: int
-    anywhere: bool
+    course: Course
     progress: bool
 
     def play(self, looks: Sequence[int], width: int,
@@ -167,7 +166,7 @@ class _Run:
         actors, seed = list(self.cast.values()), self.seeds[0]
         if place == "dream":
             done = dream_block(self.task, [a.policy for a in actors], block, self.seeds, seed,
-                               bar.update, self.anywhere)
+                               bar.update, self.course)
         else:
             done = [real_block(envs, a.policy, block, self.seeds, seed, bar.update)
                     for a in actors]
@@ -194,10 +193,10 @@ def _joined(parts: Sequence[Sequence[Played]]) -> list[Played]:
     return [Played.join(list(of_one)) for of_one in zip(*parts, strict=True)]
 
 
-def _task(world: Any, horizon: int | None) -> Any:
+def _task(world: Any, horizon: int | None, end: str | None) -> Any:
     from worldgym.envs.tasks import load_task
 
-    changes: dict[str, Any] = {} if horizon is None else {"horizon": horizon}
+    changes = {k: v for k, v in (("horizon", horizon), ("end", end)) if v is not None}
     found = load_task(world, **changes) if isinstance(world, str | Path) else replace(
         world, **changes)
     check_horizon(found)
@@ -248,7 +247,7 @@ def _facts(policy: Policy) -> Mapping[str, Any]:
 
 
 def _settings(task: Any, cast: Mapping[str, _Actor], seed: int, episodes: int, width: int,
-              draw: bool, alpha: float | None, anywhere: bool) -> dict[str, Any]:
+              draw: bool, alpha: float | None, course: Course) -> dict[str, Any]:
     """Everything the numbers depend on; how many real games run in lockstep is not among it."""
     return {
         "format": 1, "world": str(task.name), "fingerprint": task.world.fingerprint,
@@ -257,7 +256,7 @@ def _settings(task: Any, cast: Mapping[str, _Actor], seed: int, episodes: int, w
            for key, value in (("reward", task.reward), ("end", task.end))},
         "policies": [[name, actor.source, actor.hash] for name, actor in cast.items()],
         "seed": seed, "episodes": episodes, "width": width, "draw": draw, "alpha": alpha,
-        **({"anywhere": True} if anywhere else {})}  # older folders stay readable
+        **course.settings()}
 
 
 def _default_out(settings: Mapping[str, Any]) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 
 from worldgym.agents import agreement, results, stats
 from worldgym.agents.agreement import Figure
+from worldgym.agents.course import WHOLE_LIVES, Course
 from worldgym.agents.score import Played, optimism, seed_text
 from worldgym.agents.sequential import Verdict, repeated_interval
 from worldgym.agents.stats import Summary, difference, summary
@@ -54,8 +55,8 @@ class Evaluation:
     ``played``: name -> place -> episodes, equally many for all policies; ``sources``: name -> what
     made the policy; ``planned``: the most episodes there might be; ``horizon``: of the dream, in
     steps; ``looks`` and ``verdict``: of the sequential test, if there was one;
-    ``dreamers``: policies that learned in a dream; ``anywhere``: episodes begin at any recorded
-    moment; ``folder``: where it is written.
+    ``dreamers``: policies that learned in a dream; ``course``: where dreams began and
+    went on; ``by_danger``: they ended by danger (``Task.end``); ``folder``: where it is written.
     """
 
     world: str
@@ -67,7 +68,8 @@ class Evaluation:
     looks: tuple[int, ...] = ()
     verdict: Verdict | None = None
     dreamers: frozenset[str] = frozenset()
-    anywhere: bool = False
+    course: Course = WHOLE_LIVES
+    by_danger: bool = False
     about: Mapping[str, Any] = field(default_factory=results.about)
     folder: Path | None = None
 
@@ -149,8 +151,13 @@ class Evaluation:
 
     @cached_property
     def paired_ratio(self) -> Figure | None:
-        """Episodes needed when paired over those needed when not, between dream neighbours."""
-        return agreement.paired_ratio(self.returns("dream"))
+        """Episodes needed when paired over those needed when not, between dream neighbours.
+
+        Where ends count by their chance, the unpaired episodes are plain ones, with ends drawn.
+        """
+        drawn = [at["dream"].drawn for at in self.played.values()]
+        plain = None if any(d is None for d in drawn) else np.stack(drawn)
+        return agreement.paired_ratio(self.returns("dream"), plain)
 
     @cached_property
     def drift(self) -> list[dict[str, Any]] | None:
@@ -241,9 +248,18 @@ class Evaluation:
     def notes(self) -> list[str]:
         """What a reader must know before believing the numbers."""
         said = []
-        if self.anywhere:
+        if self.course.anywhere:
             said.append("Episodes begin at recorded moments anywhere in an episode: a value is "
                         f"what the next {self.horizon} steps bring, not a whole episode.")
+        if self.course.anchor:
+            said.append(f"Every {self.course.anchor} steps the dream went on from a recorded "
+                        "moment of the same age.")
+        if self.course.expected:
+            said.append("Ends in the dream count by their chance and are not drawn; paired over "
+                        "unpaired episodes compares with plain ones, whose ends are drawn.")
+        if self.by_danger:
+            said.append("Dreams ended by the danger that recorded play knew of, whatever the dream "
+                        "made of it.")
         if self.episodes == 1:
             said.append("One episode per policy: there are no intervals.")
         elif self.episodes < stats.FEW:

@@ -64,10 +64,12 @@ class Ledger:
     def write(self, place: str, block: range, played: Sequence[Played]) -> None:
         """Keep what every policy did in the episodes of ``block``."""
         buffer = io.BytesIO()
+        told = [p.drawn for p in played if p.drawn is not None]
+        drawn = {"drawn_KN": np.stack(told)} if told else {}
         np.savez_compressed(
             buffer, rewards_S=np.concatenate([r for p in played for r in p.rewards]),
             lengths_KN=np.stack([p.lengths for p in played]),
-            truncated_KN=np.stack([np.asarray(p.truncated) for p in played]))
+            truncated_KN=np.stack([np.asarray(p.truncated) for p in played]), **drawn)
         atomic_bytes(self._path(place, block), buffer.getvalue())
 
     def read(self, place: str, block: range, names: Sequence[str],
@@ -82,6 +84,7 @@ class Ledger:
             return None
         try:
             with np.load(path, allow_pickle=False) as data:
+                drawn = data["drawn_KN"] if "drawn_KN" in data else None
                 rewards_S, lengths, cut = (data[k] for k in ("rewards_S", "lengths_KN",
                                                               "truncated_KN"))
             fits = lengths.shape == cut.shape == (len(names), len(block))
@@ -94,7 +97,8 @@ class Ledger:
         steps = np.split(rewards_S, np.cumsum(lengths.ravel())[:-1])
         n = len(block)
         return [Played.of(name, place, [int(seeds[e]) for e in block], steps[k * n:(k + 1) * n],
-                          cut[k]) for k, name in enumerate(names)]
+                          cut[k], None if drawn is None else drawn[k])
+                for k, name in enumerate(names)]
 
 
 def fingerprint(source: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from worldgym.actions import ActionSpec
+from worldgym.agents.course import WHOLE_LIVES, Course, Tally, check_count
 from worldgym.agents.encode import as_numpy
 from worldgym.agents.policy import Policy
 from worldgym.agents.results import Row
@@ -28,7 +29,8 @@ class Played:
     """Returns and lengths of one policy's episodes, in the order of ``seeds``.
 
     ``truncated``: which episodes were cut (at the horizon, or by the game) rather than ended;
-    ``rewards``: one array per episode, what each of its steps paid.
+    ``rewards``: one array per episode, what each of its steps paid; ``drawn``: the returns with
+    ends drawn, where ``returns`` count ends by their chance (``Course.expected``).
     """
 
     policy: str
@@ -38,21 +40,26 @@ class Played:
     lengths: np.ndarray
     truncated: np.ndarray | None = None
     rewards: tuple[np.ndarray, ...] = ()
+    drawn: np.ndarray | None = None
 
     @classmethod
     def of(cls, policy: str, where: str, seeds: Sequence[int],
-           rewards: Sequence[Sequence[float] | np.ndarray], truncated: object) -> Played:
+           rewards: Sequence[Sequence[float] | np.ndarray], truncated: object,
+           drawn: np.ndarray | None = None) -> Played:
         """From what each step of each episode paid."""
         steps = tuple(np.asarray(r, np.float64) for r in rewards)
         return cls(policy, where, tuple(seeds), np.array([r.sum() for r in steps]),
-                   np.array([len(r) for r in steps], np.int64), np.asarray(truncated, bool), steps)
+                   np.array([len(r) for r in steps], np.int64), np.asarray(truncated, bool), steps,
+                   drawn)
 
     @classmethod
     def join(cls, parts: Sequence[Played]) -> Played:
         """One record of consecutive parts of the same policy in the same place."""
         return cls.of(parts[0].policy, parts[0].where, sum((p.seeds for p in parts), ()),
                       sum((p.rewards for p in parts), ()),
-                      np.concatenate([np.asarray(p.truncated, bool) for p in parts]))
+                      np.concatenate([np.asarray(p.truncated, bool) for p in parts]),
+                      None if parts[0].drawn is None else
+                      np.concatenate([p.drawn for p in parts if p.drawn is not None]))
 
     @property
     def summary(self) -> Summary:
@@ -178,55 +185,48 @@ def play_dream(
 
 def dream_block(task: Any, policies: Sequence[Policy], block: Sequence[int], seeds: Sequence[int],
                 seed: int, progress: Callable[[int], None] | None = None,
-                anywhere: bool = False) -> list[Played]:
+                course: Course = WHOLE_LIVES) -> list[Played]:
     """Play the episodes ``block`` with every policy, all of them in one batch of dream slots.
 
-    Policies share each episode's start state and noise, because both follow from the episode's
-    seed and the step alone (common random numbers).
+    Policies share each episode's start and noise: both follow from its seed and the step alone.
 
     Args:
         policies: act on frames, or on latents if they say so (``observes``).
-        block: episode numbers to play now.
-        seeds: one per episode of the whole experiment.
+        block: episodes to play now; seeds: one per episode of the whole experiment.
         seed: of the policies' own choices.
-        anywhere: begin at any recorded moment, not only where real episodes begin.
+        course: where dreams begin and go on.
 
     Raises:
         ConfigError: the task has no horizon. A policy's own errors come with its name.
     """
     check_horizon(task)
-    from worldgym.envs.outcome import judge
-
     world, per_chunk = task.world, int(task.world.spec.frames_per_chunk)
     who_R = np.repeat(np.arange(len(policies)), len(block))
     episode_R = np.tile(np.asarray(block, np.int64), len(policies))
     _reset(policies, len(seeds), seed)
-    state = _begin(task, [int(seeds[e]) for e in episode_R], anywhere)
-    latents = as_numpy(state.latents_BCHW)
+    keys_R = np.array([int(seeds[e]) for e in episode_R])
     shown = any(not _reads_latents(p) for p in policies)
-    frames = as_numpy(world.decode(state.latents_BCHW)) if shown else None
-    rewards: list[list[float]] = [[] for _ in who_R]
-    truncated_R = np.zeros(len(who_R), bool)
-    live, step = np.arange(len(who_R)), 0
+    state, latents, frames = _begin(task, keys_R.tolist(), course.anywhere, shown)
+    tally, live, step = Tally(len(who_R), course.expected), np.arange(len(who_R)), 0
     while len(live):
+        if course.anchor and step and step % course.anchor == 0:
+            state, latents, frames = _anchored(task, state, live, keys_R[live].tolist(), step,
+                                               shown)
         actions = _decide(policies, who_R[live], episode_R[live], latents, frames, step,
                           world.spec.action)
         state, chunk = world.step(state, actions, slots=live.tolist())
-        reward, ended, last = judge(task, chunk, per_chunk)
-        for row, paid in zip(live, reward, strict=True):
-            rewards[row].append(float(paid))
+        ended, last = tally.count(task, chunk, per_chunk, live)
         step += 1
         go_on = ~ended & (step < task.horizon)
-        truncated_R[live] = ~ended & ~go_on
+        tally.cut(live[~ended & ~go_on])
         if go_on.any():
             latents, frames = _shown(chunk, np.flatnonzero(go_on), last[go_on], per_chunk, shown)
         live = live[go_on]
         if progress:
             progress(int((~go_on).sum()))
     state.release()
-    return [Played.of(p.name, "dream", [int(seeds[e]) for e in block],
-                      [rewards[r] for r in np.flatnonzero(who_R == k)], truncated_R[who_R == k])
-            for k, p in enumerate(policies)]
+    return [Played.of(p.name, "dream", keys_R[who_R == k].tolist(),
+                      *tally.of(np.flatnonzero(who_R == k))) for k, p in enumerate(policies)]
 
 
 def _reset(policies: Sequence[Policy], slots: int, seed: int) -> None:
@@ -242,11 +242,31 @@ def check_horizon(task: Any) -> None:
                           fix="load_task(id, horizon=525)")
 
 
-def _begin(task: Any, keys: list[int], anywhere: bool) -> Any:
-    """State of one dream per key, each at the beginning of an episode or anywhere in one."""
+def _begin(task: Any, keys: list[int], anywhere: bool,
+           decode: bool) -> tuple[Any, np.ndarray, np.ndarray | None]:
+    """One dream per key, at the beginning of an episode or anywhere in one, and what they show."""
     episodes = [0] * len(keys)
     index = task.starts.sample(keys, episodes, beginnings_only=not anywhere)
-    return task.world.begin(task.starts.gather(index), keys, episodes)
+    state = task.world.begin(task.starts.gather(index), keys, episodes)
+    return state, *_now(task.world, state.latents_BCHW, decode)
+
+
+def _now(world: Any, latents: Any, decode: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Latents and, if wanted, frames as arrays."""
+    return as_numpy(latents), as_numpy(world.decode(latents)) if decode else None
+
+
+def _anchored(task: Any, state: Any, live: np.ndarray, keys: list[int], step: int,
+              decode: bool) -> tuple[Any, np.ndarray, np.ndarray | None]:
+    """The live dreams moved to recorded moments ``step`` steps into an episode, and what they show.
+
+    Moment and noise follow from (seed, step), so that all policies go on from the same one.
+    """
+    index = task.starts.at_age(step, keys, [step] * len(keys))
+    moved = task.world.restart(state, live.tolist(), task.starts.gather(index), seeds=keys,
+                               episodes=[step] * len(keys))
+    state.release()
+    return moved, *_now(task.world, moved.latents_BCHW[live.tolist()], decode)
 
 
 def _shown(chunk: Any, rows: np.ndarray, last: np.ndarray, per_chunk: int,
@@ -304,10 +324,3 @@ def _frame(obs: Any) -> np.ndarray:
 
 def _plain(action: np.ndarray) -> Any:
     return int(action) if np.ndim(action) == 0 and np.asarray(action).dtype.kind in "iu" else action
-
-
-def check_count(value: int, name: str) -> None:
-    """Raise ConfigError unless ``value`` is 1 or more."""
-    if not isinstance(value, int | np.integer) or value < 1:
-        raise ConfigError(f"impossible number of {name}", given=value, expected="1 or more",
-                          fix=f"pass {name}=20")

@@ -42,6 +42,8 @@ def _ends(task: Task, chunk: Any, slots: int, frames: int) -> tuple[np.ndarray, 
                 expected=f"0..{frames - 1}", fix="give the index of a frame inside the chunk",
             )
         return ended_B, np.where(ended_B, end_B, last_B)
+    if task.end == "danger":
+        return danger_draws(chunk) < danger_share(chunk), last_B
     assert callable(task.end)
     value = _shaped(to_numpy(task.end(chunk)), slots, frames, "end").astype(bool)
     if value.ndim == 1:
@@ -96,11 +98,35 @@ def danger(chunk: Any) -> np.ndarray:
     return to_numpy(chance).astype(np.float64)
 
 
+def danger_share(chunk: Any) -> np.ndarray:
+    """Chance (B,) that a step ends by its share of the danger: 1 - (1 - danger)^(1 / steps ahead).
+
+    Ends drawn with it come as often as recorded play ended in such situations, whatever the dream
+    makes of them in the following frames: a fault that lets the danger fade is worth nothing.
+    """
+    return 1 - (1 - danger(chunk)) ** (1 / getattr(chunk, "ahead", 1))
+
+
+def danger_draws(chunk: Any) -> np.ndarray:
+    """Uniform numbers (B,) that ends are decided by.
+
+    Raises:
+        ConfigError: the world's chunks bring none.
+    """
+    draw = getattr(chunk, "draw_B", None)
+    if draw is None:
+        raise ConfigError("no ends by danger", given="a world whose chunks tell no draw_B",
+                          expected="a world with an end head", fix='leave end at "head"')
+    return to_numpy(draw)
+
+
 def end_chances(task: Task, chunk: Any, ended_B: np.ndarray) -> np.ndarray:
     """Chance (B,) that the chunk was the last; ``ended_B``: its ends as ``judge`` told them.
 
     It is the head's where the task ends by a head that tells one; else an end is certain or not.
     """
+    if task.end == "danger":
+        return danger_share(chunk)
     told = task.end == "head" and getattr(chunk, "end_probability_B", None) is not None
     return (to_numpy(chunk.end_probability_B) if told else ended_B).astype(np.float64)
 

@@ -38,7 +38,8 @@ class Task:
     """World + reward + end + start states (+ the real twin's id), and when not to believe.
 
     ``reward``: "head", or a callable ``chunk -> (B,) or (B, F)`` of finite numbers, B slots of the
-    chunk in the order of ``chunk.slots``, F pixel frames. ``end``: "head", "never", or a callable
+    chunk in the order of ``chunk.slots``, F pixel frames. ``end``: "head", "danger" (the
+    danger's share of a step, see ``worldgym.envs.outcome.danger_share``), "never", or a callable
     ``chunk -> bool (B,) or (B, F)``. With (B, F) the first True is the end frame, and rewards given
     per frame count up to and including it; with (B,) the chunk's last frame is the end frame. A
     head's reward for a whole chunk counts as it is. Callables must depend on the chunk alone:
@@ -85,7 +86,7 @@ class Task:
                 raise ConfigError(f"impossible {name}", given=repr(value),
                                   expected="a finite number of at least 0", fix=f"pass {name}=0.5")
         for name, value, words in (("reward", self.reward, ("head",)),
-                                   ("end", self.end, ("head", "never")),
+                                   ("end", self.end, ("head", "danger", "never")),
                                    ("spread", self.spread or "latent", SPREADS)):
             if not callable(value) and value not in words:
                 raise ConfigError(f"unknown {name}", given=repr(value),

@@ -243,6 +243,29 @@ def test_hazard_times_end_chance_is_taken_off_the_reward():
         blind.step(1)
 
 
+def test_ends_by_danger_come_as_often_as_the_danger_says():
+    from types import SimpleNamespace
+
+    from worldgym.envs.outcome import end_chances, judge
+
+    rng, n = np.random.default_rng(0), 20_000
+    chunk = SimpleNamespace(slots=np.arange(n), reward_B=np.ones(n), terminated_B=np.zeros(n, bool),
+                            end_probability_B=np.zeros(n), danger_B=np.full(n, 0.6),
+                            draw_B=rng.random(n), ahead=8)
+    task = fake_task(end="danger")
+    _, ended, _ = judge(task, chunk, 1)
+    share = 1 - 0.4 ** (1 / 8)
+    assert abs(ended.mean() - share) < 0.01 and (1 - share) ** 8 == pytest.approx(0.4)
+    assert end_chances(task, chunk, ended) == pytest.approx(np.full(n, share))
+    env = make_dream(nano_task(ahead=4, end="danger"))
+    env.reset(seed=0)
+    assert isinstance(env.step(1)[2], bool)
+    blind = fake_env(end="danger")
+    blind.reset(seed=0)
+    with pytest.raises(ConfigError, match="no ends by danger|danger"):
+        blind.step(1)
+
+
 def test_state_is_a_value_and_forks_are_independent():
     env = fake_env(horizon=8)
     env.reset(seed=2)

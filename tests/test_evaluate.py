@@ -9,6 +9,7 @@ import pytest
 import tests.agent_toys as toys
 from worldgym.actions import ActionSpec
 from worldgym.agents import cli
+from worldgym.agents.course import Course
 from worldgym.agents.evaluate import evaluate
 from worldgym.agents.evaluation_text import text
 from worldgym.agents.ladder import expand, ladder
@@ -96,6 +97,70 @@ def test_anywhere_begins_within_episodes_and_says_so(folder, tmp_path, monkeypat
     with pytest.raises(ConfigError, match="cannot begin in the middle"):
         evaluate(folder, CAST, anywhere=True, real=True, out=tmp_path / "real", **given)
     assert not (tmp_path / "real").exists()
+
+
+def test_anchored_dreams_meet_again_at_recorded_moments(tmp_path):
+    task = toys.tiny_task(end="never", horizon=9)
+    moments = []
+
+    class Watch:
+        name = "watch"
+
+        def __init__(self, action):
+            self.action = action
+
+        def reset(self, slots, seed):
+            self.seen = {}
+
+        def act(self, frames, times, slots):
+            for frame, time, slot in zip(frames, times, slots, strict=True):
+                self.seen[int(time), int(slot)] = frame.copy()
+            return np.full(len(frames), self.action)
+
+    left, right = Watch(1), Watch(2)
+    sample = task.starts.at_age
+    object.__setattr__(task.starts, "at_age", lambda age, *a: (
+        moments.append(age), sample(age, *a))[1])
+    found = dream_block(task, [left, right], range(3), range(70, 73), 70, course=Course(anchor=4))
+    assert moments == [4, 8] and [p.lengths.tolist() for p in found] == [[9] * 3] * 2
+    for slot in range(3):
+        same = [np.array_equal(left.seen[t, slot], right.seen[t, slot]) for t in range(9)]
+        assert same == [True, False, False, False, True, False, False, False, True]
+    assert task.world.pool.stats()["pages_used"] == 0
+    evaluation = evaluate(task, ["random", "noop"], episodes=2, anchor=4, out=tmp_path,
+                          progress=False)
+    assert "Every 4 steps" in text(evaluation)
+    with pytest.raises(ConfigError, match="between anchors"):
+        evaluate(task, ["random"], anchor=0, progress=False)
+    with pytest.raises(ConfigError, match="other settings"):
+        evaluate(task, ["random", "noop"], episodes=2, out=tmp_path, progress=False)
+
+
+def test_expected_ends_are_the_same_on_average_and_vary_less(folder, tmp_path):
+    given = {"episodes": 80, "progress": False, "horizon": 8, "slots": 200}
+    plain = evaluate(folder, ["random", "noop"], out=tmp_path / "p", **given)
+    told = evaluate(folder, ["random", "noop"], expected=True, out=tmp_path / "e", **given)
+    for name in ("random", "noop"):
+        a, b = plain.played[name]["dream"], told.played[name]["dream"]
+        np.testing.assert_allclose(b.drawn, a.returns, atol=1e-4)  # the same dreams, ends drawn
+        assert abs(a.returns.mean() - b.returns.mean()) < 3 * a.returns.std() / 80**0.5
+        assert b.returns.std() < 0.9 * a.returns.std() and b.cut == 0
+        assert set(b.lengths) == {8}
+    assert told.paired_ratio.value < plain.paired_ratio.value
+    assert "count by their chance" in text(told)
+    again = evaluate(folder, ["random", "noop"], expected=True, out=tmp_path / "e", **given)
+    assert np.array_equal(again.played["noop"]["dream"].drawn, told.played["noop"]["dream"].drawn)
+
+
+def test_ends_by_danger_are_told(folder, tmp_path):
+    given = {"episodes": 4, "progress": False}
+    by_danger = evaluate(folder, ["random", "noop"], end="danger", out=tmp_path / "d", **given)
+    assert "Dreams ended by the danger" in text(by_danger)
+    by_head = evaluate(folder, ["random", "noop"], out=tmp_path / "h", **given)
+    # without a danger head the danger is the end chance: the same ends, drawn by the same numbers
+    assert np.array_equal(by_danger.returns("dream"), by_head.returns("dream"))
+    with pytest.raises(ConfigError, match="unknown end"):
+        evaluate(folder, ["random"], end="sometime", **given)
 
 
 def test_json_has_the_agreed_form(found):

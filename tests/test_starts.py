@@ -107,6 +107,33 @@ def test_same_seed_same_bank_and_disk_keeps_the_bits(episodes, bank, tmp_path):
     assert checkpoint.load_tensors(tmp_path / "starts.safetensors")[1]["world"] == "w"
 
 
+def test_ages_and_starts_of_about_an_age(episodes, bank, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    for i in np.flatnonzero(~bank.beginnings):
+        assert bank.age_N[i] == bank.frames[i][0, 0, 1]  # the second channel tells the step
+    assert (bank.age_N[bank.beginnings] == 0).all()
+    loaded = StartBank.load(bank.save(tmp_path / "starts.safetensors"))
+    assert np.array_equal(loaded.age_N, bank.age_N)
+    assert np.array_equal(bank.only([39, 3]).age_N, bank.age_N[[39, 3]])
+    monkeypatch.setattr("worldgym.data.starts.NEAR", 5)
+    seeds = np.arange(400)
+    drawn = bank.at_age(7, seeds, 0)
+    nearest = np.sort(np.abs(bank.age_N - 7))[:5]
+    assert sorted(set(np.abs(bank.age_N[drawn] - 7))) == sorted(set(nearest))
+    assert len(set(drawn.tolist())) == 5  # every one of the nearest comes up
+    assert drawn.tolist() == [int(bank.at_age(7, int(s), 0)) for s in seeds]
+    older = replace(bank, age_N=None)
+    with pytest.raises(ConfigError, match="how old"):
+        older.at_age(7, seeds, 0)
+    path = older.save(tmp_path / "older.safetensors")
+    assert StartBank.load(path).age_N is None
+    tensors, header = checkpoint.load_tensors(path)
+    checkpoint.save(path, tensors | {"age": torch.full((40,), -1)}, header)
+    with pytest.raises(CheckpointError, match="age"):
+        StartBank.load(path)
+
+
 def test_samples_depend_on_seed_and_episode_only(bank):
     seeds, episodes = np.arange(1000), np.arange(1000)[::-1] % 7
     all_at_once = bank.sample(seeds, episodes)

@@ -192,7 +192,7 @@ def test_frames_are_those_of_whole_forwards_before_and_after_the_slide(model):
     world = WhamWorld(model)
     state = world.begin(some_starts(world, 2, 2), [5, 6])
     for t in range(4):  # windows of 2, 3, 3, 3 pairs; from the third step on one pair is dropped
-        taken = state.pending_BA.clone()
+        taken = state.extra["taken_BFA"].clone()
         taken[:, -1] = torch.from_numpy(wham_actions.ids(some_actions(2, t)))
         pairs = min(2 + t, world.window)
         ids = model.sequence(state.history_BKChw[:, -pairs:].flatten(2), taken[:, -pairs:])
@@ -270,7 +270,7 @@ def test_the_chunked_slide_is_exact_on_the_window_it_has(model):
     for t in range(6):
         pairs = int(chunked._pairs(state)[0])
         seen.append(pairs)
-        led = state.pending_BA[:, -pairs:-1]
+        led = state.extra["taken_BFA"][:, -pairs:-1]
         bins = wham_actions.from_ids(led.numpy())
         led = np.concatenate([np.zeros((2, 1, 16), int), bins], 1)
         starts = Starts(state.history_BKChw[:, -pairs:], led,
@@ -304,7 +304,7 @@ def test_diagonal_decoding_deviates_little_and_takes_fewer_passes(model):
         state = world.begin(starts, range(64))
         action = some_actions(64)
         new, _ = world.step(state, action)
-        taken = state.pending_BA.clone()
+        taken = state.extra["taken_BFA"].clone()
         taken[:, -1] = world._features(action)
         ids = torch.cat([model.sequence(state.history_BKChw[:, -2:].flatten(2), taken[:, -2:]),
                          new.latents_BCHW.flatten(1)], 1)
@@ -325,7 +325,7 @@ def test_a_proposal_is_the_same_however_it_is_asked_for(model):
         wham_actions.check(plain.proposal(a))
         (a, one), (b, two) = plain.step(a, some_actions(2, t)), eager.step(b, some_actions(2, t))
         assert torch.equal(one.latents_BFChw, two.latents_BFChw)
-    assert (b.pending_BA[:, -1] >= 0).all() and (a.pending_BA[:, -1] < 0).all()
+    assert (b.extra["taken_BFA"][:, -1] >= 0).all() and (a.extra["taken_BFA"][:, -1] < 0).all()
 
 
 # --------------------------------------------------------------------------------------- state

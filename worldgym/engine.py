@@ -16,8 +16,8 @@ from worldgym.memory import PagePool, PageSpec, SinkWindow, Tables
 from worldgym.models.codec import Codec
 from worldgym.models.dynamics import Dynamics, before
 from worldgym.noise import PASSES, normal, uniform
-from worldgym.rollout import Block, CausalStepper, few_step
-from worldgym.schedule import FewStep
+from worldgym.rollout import Block, CausalStepper, Guided, few_step, multi_step
+from worldgym.schedule import FewStep, UniPC
 from worldgym.spec import WorldSpec
 from worldgym.state import Starts, WorldState, check_slots
 
@@ -28,9 +28,9 @@ class Chunk:
 
     ``latents_BFChw``; ``reward_B`` float32, summed up to ``end_frame_B``; ``terminated_B`` bool;
     ``end_probability_B``; ``danger_B``: chance of an end within the next steps, as recorded play
-    went on (worlds say how many; else the end chance); ``end_frame_B``: index of the last frame
-    that counts; ``uncertainty_B``: fork spread, if it was asked for. ``frames()`` decodes on
-    first use.
+    went on (``ahead`` steps; 1: the end chance); ``draw_B``: the uniform numbers that decided the
+    ends; ``end_frame_B``: index of the last frame that counts; ``uncertainty_B``: fork spread, if
+    it was asked for. ``frames()`` decodes on first use.
     """
 
     slots: np.ndarray
@@ -41,6 +41,8 @@ class Chunk:
     end_frame_B: np.ndarray
     uncertainty_B: np.ndarray | None = None
     danger_B: np.ndarray | None = None
+    draw_B: np.ndarray | None = None
+    ahead: int = 1
     subjects: object = None
     decode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     _frames: Tensor | None = field(default=None, repr=False)
@@ -64,7 +66,7 @@ class World:
         outcome: callable (past_BKChw, action_BA) -> (end chance, rewards (B, 2), danger), with
             a ``frames`` attribute; None = no reward and no end (give the task functions instead).
         policy: context memory.
-        schedule: denoising passes of a step.
+        schedule: denoising passes of a step, few (noised again after each) or a solver's.
         temperature: standard deviation of the sampler's noise; above 1 what is rare happens
             more often (Ha and Schmidhuber, 2018, do the same to their mixture).
         context_noise: timestep told to the network for frames in memory (0 = clean).
@@ -74,7 +76,7 @@ class World:
     latent_dtype = torch.float32  # of what a codec makes; ids where latents are tokens
 
     def __init__(self, spec: WorldSpec, codec: Codec, dynamics: Dynamics, outcome: Any,
-                 policy: SinkWindow, schedule: FewStep, *, temperature: float = 1.0,
+                 policy: SinkWindow, schedule: FewStep | UniPC, *, temperature: float = 1.0,
                  context_noise: float = 0.0, fingerprint: str = "",
                  device: torch.device | str = "cpu", max_pages: int | None = None) -> None:
         if spec.latents_per_chunk != 1:
@@ -93,14 +95,17 @@ class World:
         tokens = (h // cfg.patch_size[1]) * (w // cfg.patch_size[2])
         self.pool = PagePool(
             PageSpec(layers=cfg.num_layers, heads=cfg.num_heads, head_dim=cfg.head_dim,
-                     tokens=tokens), self.device, max_pages=max_pages)
-        self.stepper = CausalStepper(dynamics.network, self.pool, policy)
+                     tokens=tokens + spec.subjects), self.device, max_pages=max_pages)
+        self.stepper: CausalStepper | Guided = CausalStepper(dynamics.network, self.pool, policy)
         self.history = max(outcome.frames if outcome else 1, spec.context_frames,
                            dynamics.cfg.recent + 1)
+        # what else a state holds, and how its tensors look (for files): name -> (shape, dtype)
+        self.extra: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.table_rows = 1  # per slot
 
     @property
     def pending_shape(self) -> tuple[int, ...]:
-        """Shape of what a slot keeps of its actions; float32, or as the latents."""
+        """Shape of what a slot keeps of its actions."""
         return (self.spec.action.features,)
 
     # -- frames ------------------------------------------------------------------------------
@@ -129,39 +134,23 @@ class World:
         """
         latents, features, length_B = self._check_starts(starts)
         b, k = latents.shape[:2]
+        # before the start there is nothing: the oldest real frame stands in for what heads read
+        reach = np.maximum(np.arange(k - self.history, k)[None], (k - length_B)[:, None])
+        rows = np.arange(b)[:, None]
+        extra = self._start_extra(starts, features, rows, reach)
         counters = {"seed_B": _integers(seeds, b, "seeds"),
                     "episode_B": _integers([0] * b if episodes is None else episodes, b,
                                            "episodes"),
                     "step_B": np.zeros(b, np.int64), "branch_B": np.zeros(b, np.int64),
                     "index_B": length_B - 1, "lengths_B": np.minimum(length_B, self.history)}
-        tables = self._remember(latents, features, length_B)
+        tables = self._remember(latents, features, length_B, starts, extra)
         try:
-            # before the start there is nothing: the oldest real frame stands in for what heads read
-            reach = np.maximum(np.arange(k - self.history, k)[None], (k - length_B)[:, None])
-            rows = torch.arange(b, device=self.device)[:, None]
-            history = latents[rows, torch.from_numpy(reach).to(self.device)]
-            return WorldState(self.pool, self.fingerprint, tables, history,
-                              self._first_pending(features), counters)
+            where = (torch.from_numpy(index).to(self.device) for index in (rows, reach))
+            history = latents[tuple(where)]
+            return WorldState(self.pool, self.fingerprint, tables, history, features[:, -1],
+                              counters, extra)
         finally:  # the state holds the pages now, or nobody does
             self.pool.decref(tables.pages_BP)
-
-    def _remember(self, latents_BKChw: Tensor, features_BKA: Tensor,
-                  length_B: np.ndarray) -> Tables:
-        """Tables with all frames of a start but the last in memory."""
-        b, k = latents_BKChw.shape[:2]
-        if k == 1:
-            return Tables.empty(b)
-        index = np.arange(k - 1)[None] - (k - length_B)[:, None]
-        index = np.where(index >= 0, index, -1)
-        there = torch.from_numpy(index >= 0).to(latents_BKChw)[:, None, :, None, None]
-        past = latents_BKChw[:, :-1].transpose(1, 2) * there
-        block = Block(index, {"cond_BFD": self._condition(features_BKA[:, :-1]),
-                              "recent_BRFhw": before(past, self.dynamics.cfg.recent)})
-        return self.stepper.prefill(past, self.context_t, block)
-
-    def _first_pending(self, features_BKA: Tensor) -> Tensor:
-        """What a state at its start keeps of the actions that led to the start's frames."""
-        return features_BKA[:, -1]
 
     def restart(self, state: WorldState, slots: object, starts: Starts,
                 seeds: Sequence[int] | None = None,
@@ -201,59 +190,105 @@ class World:
                                  expected=(len(index), self.spec.frames_per_chunk, "..."),
                                  fix="give one action per generated frame")
             raw = raw[:, 0]
-        checked = self.spec.action.check(raw, len(index))
+        features = self._controls(raw, state, index)
         part = state if slots is None else state.select(index)
-        new, chunk = self._advance(part, self._features(checked))
+        new, chunk = self._advance(part, features)
         chunk.slots = index
         return (new if slots is None else state.replace(index, new)), chunk
 
     def _advance(self, state: WorldState, action_BA: Tensor) -> tuple[WorldState, Chunk]:
-        keys = state.keys_B4
-        end_B, rewards_B2, danger_B = self._outcome(state, action_BA)
-        latents, tables, pending = self._generate(state, action_BA, keys)
+        latents, extra, tables = self._generate(state, action_BA)
         try:
-            chance = end_B.double().cpu().numpy()
-            terminated = np.zeros(len(keys), bool)
-            if self.outcome is not None:
-                terminated = uniform(keys, PASSES["end"], 1).numpy()[:, 0] < chance
-            rewards = rewards_B2.cpu().numpy()
-            reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)
+            chunk, extra = self._judge(state, action_BA, latents, extra)
             history = torch.cat([state.history_BKChw[:, 1:], latents[:, None]], 1)
             counters = {
                 "index_B": state.index_B + 1, "step_B": state.step_B + 1,
                 "lengths_B": np.minimum(state.lengths_B + 1, self.history),
                 "seed_B": state.seed_B, "episode_B": state.episode_B, "branch_B": state.branch_B}
-            new = WorldState(self.pool, self.fingerprint, tables, history, pending, counters)
+            new = WorldState(self.pool, self.fingerprint, tables, history, action_BA, counters,
+                             extra)
         finally:  # the new state holds the pages now, or nobody does
             self.pool.decref(_unowned(tables, state.tables))
-        chunk = Chunk(np.arange(len(keys)), latents[:, None], reward, terminated, chance,
-                      np.zeros(len(keys), np.int64), danger_B=danger_B.double().cpu().numpy(),
-                      decode=self.decode)
         return new, chunk
 
-    def _generate(self, state: WorldState, action_BA: Tensor,
-                  keys: np.ndarray) -> tuple[Tensor, Tables, Tensor]:
-        """Latents (B, C, h, w) of the next frame, the tables with the current one committed, and
-        what the next state keeps of the actions.
-        """
-        pending, cond = self._condition(state.pending_BA[:, None]), self._condition(
-            action_BA[:, None])
-        recent = self._recent(state)
-        last = Block(state.index_B[:, None])
-        new = Block(state.index_B[:, None] + 1,
-                    {"cond_BFD": cond, "recent_BRFhw": recent[:, :, 1:]})
+    def _generate(self, state: WorldState,
+                  action_BA: Tensor) -> tuple[Tensor, dict[str, Tensor], Tables]:
+        """Latents (B, C, h, w) of the next frame, what else the new state keeps, and the tables
+        with the current frame committed."""
+        keys = state.keys_B4
+        current, last, new, joint = self._blocks(state, action_BA)
         x = self.noise(keys, 0)
         tables, flow, attend = self.stepper.commit_and_flow(
-            state.tables, state.latents_BCHW[:, :, None], self.context_t, last,
-            x, self.schedule.timesteps[0], new,
-            {"cond_BFD": torch.cat([pending, cond], 1), "recent_BRFhw": recent})
+            state.tables, current, self.context_t, last, x, self.schedule.timesteps[0], new, joint)
         try:
-            x0 = few_step(self.stepper, x, self.schedule, lambda i: self.noise(keys, i), attend,
-                          new, flow)
+            if isinstance(self.schedule, UniPC):
+                x0 = multi_step(self.stepper, x, self.schedule, attend, new, flow)
+            else:
+                x0 = few_step(self.stepper, x, self.schedule, lambda i: self.noise(keys, i),
+                              attend, new, flow)
+            latents, extra = self._made(state, action_BA, x0)
         except BaseException:
             self.pool.decref(_unowned(tables, state.tables))
             raise
-        return x0[:, :, 0], tables, action_BA
+        return latents, extra, tables
+
+    # -- what worlds of another kind change --------------------------------------------------
+
+    def _start_extra(self, starts: Starts, features_BKA: Tensor, rows_B1: np.ndarray,
+                     reach_BK: np.ndarray) -> dict[str, Tensor]:
+        """What else a state keeps of these (checked) starts; ``reach``: frames of its history."""
+        return {}
+
+    def _remember(self, latents_BKChw: Tensor, features_BKA: Tensor, length_B: np.ndarray,
+                  starts: Starts, extra: dict[str, Tensor]) -> Tables:
+        """Tables with all frames of a start but the last in memory."""
+        b, k = latents_BKChw.shape[:2]
+        if k == 1:
+            return self.stepper.empty(b)
+        index = np.arange(k - 1)[None] - (k - length_B)[:, None]
+        index = np.where(index >= 0, index, -1)
+        there = torch.from_numpy(index >= 0).to(latents_BKChw)[:, None, :, None, None]
+        past = latents_BKChw[:, :-1].transpose(1, 2) * there
+        past, block = self._past(past, features_BKA[:, :-1], index, starts, extra)
+        return self.stepper.prefill(past, self.context_t, block)
+
+    def _past(self, past_BCKhw: Tensor, features_BKA: Tensor, index_BK: np.ndarray,
+              starts: Starts, extra: dict[str, Tensor]) -> tuple[Tensor, Block]:
+        """Network input of a start's past frames, and their block."""
+        return past_BCKhw, Block(index_BK, {
+            "cond_BFD": self._condition(features_BKA),
+            "recent_BRFhw": before(past_BCKhw, self.dynamics.cfg.recent)})
+
+    def _blocks(self, state: WorldState, action_BA: Tensor) -> tuple[Tensor, Block, Block, dict]:
+        """The current frame as network input, its block, the next frame's, and the arguments of
+        the network when both run together."""
+        pending, cond = self._condition(state.pending_BA[:, None]), self._condition(
+            action_BA[:, None])
+        recent = self._recent(state)
+        new = Block(state.index_B[:, None] + 1,
+                    {"cond_BFD": cond, "recent_BRFhw": recent[:, :, 1:]})
+        return state.latents_BCHW[:, :, None], Block(state.index_B[:, None]), new, {
+            "cond_BFD": torch.cat([pending, cond], 1), "recent_BRFhw": recent}
+
+    def _made(self, state: WorldState, action_BA: Tensor,
+              x0: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents (B, C, h, w) of a sample, and what else the next state keeps."""
+        return x0[:, :, 0], state.extra
+
+    def _judge(self, state: WorldState, action_BA: Tensor, latents_BChw: Tensor,
+               extra: dict[str, Tensor]) -> tuple[Chunk, dict[str, Tensor]]:
+        """The chunk with its rewards and ends, and what else the next state keeps."""
+        end_B, rewards_B2, danger_B = self._outcome(state, action_BA)
+        draw = uniform(state.keys_B4, PASSES["end"], 1).numpy()[:, 0]
+        chance = end_B.double().cpu().numpy()
+        terminated = draw < chance
+        rewards = rewards_B2.cpu().numpy()
+        reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)
+        b = len(latents_BChw)
+        return Chunk(np.arange(b), latents_BChw[:, None], reward, terminated, chance,
+                     np.zeros(b, np.int64), danger_B=danger_B.double().cpu().numpy(),
+                     draw_B=draw, ahead=getattr(self.outcome, "ahead", 1),
+                     decode=self.decode), extra
 
     def noise(self, keys_B4: np.ndarray, number: int) -> Tensor:
         """The sampler's noise (B, C, 1, h, w) of pass ``number`` for slots with these keys."""
@@ -276,6 +311,17 @@ class World:
         return self.outcome(state.history_BKChw, action_BA)
 
     # -- actions and checks ------------------------------------------------------------------
+
+    def _controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
+        """Action features (n, A) of what was given to ``step`` for these slots, checked."""
+        return self._features(self.spec.action.check(raw, len(index)))
+
+    def _start_controls(self, actions: np.ndarray, unused: np.ndarray) -> Tensor:
+        """Action features (n, A) of a start's frames, checked; ``unused`` rows are null."""
+        flat = np.zeros(actions.shape, self.spec.action.dtype)
+        if not unused.all():
+            flat[~unused] = self.spec.action.check(actions[~unused])
+        return self._features(flat, unused)
 
     def _features(self, actions: np.ndarray, null: np.ndarray | None = None) -> Tensor:
         return torch.from_numpy(self.spec.action.encode(actions, null)).to(self.device)
@@ -315,10 +361,8 @@ class World:
         length_B = length_B.astype(np.int64)
         absent = np.arange(k)[None] < (k - length_B)[:, None]
         unused = (null.astype(bool) | absent).reshape(-1)
-        flat = np.zeros((b * k, *action.shape), action.dtype)  # unused rows become the null action
-        if not unused.all():
-            flat[~unused] = action.check(actions.reshape(flat.shape)[~unused])
-        features = self._features(flat, unused).unflatten(0, (b, k))
+        features = self._start_controls(actions.reshape(b * k, *action.shape), unused)
+        features = features.unflatten(0, (b, k))
         return latents.to(self.device, self.latent_dtype), features, length_B
 
     def _check_latents(self, latents: Tensor) -> None:

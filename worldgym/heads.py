@@ -22,36 +22,30 @@ class LearnedOutcome:
     """Reward and end from the world's own head.
 
     ``end_scale`` multiplies the end chance: above 1, the dream is harder than the head believes.
-    ``danger_ends``: the end chance of a step is its share of the danger, 1 - (1 - danger)^(1 /
-    steps ahead), instead of the chance to end at once. What was dangerous in recorded play then
-    ends episodes as often as it did there, whatever the dream makes of it in the following frames:
-    a policy gains nothing from a fault that lets the danger fade.
     """
 
     model: Outcome
     end_scale: float = 1.0
-    danger_ends: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.end_scale < float("inf"):
             raise ConfigError("impossible end_scale", given=self.end_scale,
                               expected="a finite number >= 0", fix="use 1.0")
-        if self.danger_ends and not self.model.cfg.ahead:
-            raise ConfigError("ends by danger without a danger head", given="outcome_ahead 0",
-                              expected="a world fitted with `worldgym fit --ahead 8`",
-                              fix="leave danger_ends off, or fit the heads anew")
 
     @property
     def frames(self) -> int:
         """Past frames read."""
         return self.model.cfg.frames
 
+    @property
+    def ahead(self) -> int:
+        """Steps that the danger looks ahead; 1: it is the end chance of the step."""
+        return max(1, self.model.cfg.ahead)
+
     @torch.no_grad()
     def __call__(self, past_BKChw: Tensor, action_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(end chance (B,) in [0, 1], rewards (B, 2): if it goes on, if it ends, danger (B,))."""
         chance, rewards, danger = self.model.predict(past_BKChw[:, -self.frames:], action_BA)
-        if self.danger_ends:
-            chance = 1 - (1 - danger) ** (1 / self.model.cfg.ahead)
         return (chance * self.end_scale).clamp(0, 1), rewards, danger
 
 

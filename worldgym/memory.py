@@ -282,11 +282,13 @@ class PagedAttend:
         write: page ids (B, Q) to write the block's own keys and values to; -1 = do not keep.
         move_BP: frames by which to turn each page's keys (None: nowhere).
         reuse: keep what was gathered, for ``again``.
+        within_BTT: bool, which tokens of a frame see which tokens of a frame they see (None: all).
     """
 
     def __init__(self, pool: PagePool, tables: Tables, sees_BQK: np.ndarray,
                  columns: int | None = None, write: np.ndarray | None = None,
-                 move_BP: np.ndarray | None = None, reuse: bool = False) -> None:
+                 move_BP: np.ndarray | None = None, reuse: bool = False,
+                 within_BTT: Tensor | None = None) -> None:
         b, p = tables.pages_BP.shape
         extra = max(0, (columns or 0) - p)
         pages = np.pad(tables.pages_BP, ((0, 0), (0, extra)), constant_values=-1)
@@ -301,6 +303,9 @@ class PagedAttend:
             hole = torch.from_numpy(empty.repeat(self.tokens, 1)).to(pool.device)
             self.hole = hole[:, :, None, None]
         self.mask = self._token_mask(sees)
+        if within_BTT is not None:
+            among = within_BTT.to(pool.device).repeat(1, sees.shape[1], sees.shape[2])
+            self.mask.masked_fill_(~among[:, None], -torch.inf)
         self.reuse = reuse
         self.turn = None if move_BP is None else self._turn(np.pad(move_BP, ((0, 0), (0, extra))))
         self.keys: list[Tensor] = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from worldgym.memory import PagedAttend, PagePool, Policy, Tables
-from worldgym.schedule import FewStep, x0_from_flow
+from worldgym.schedule import FewStep, UniPC, x0_from_flow
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,12 @@ class Block:
     """A block of frames on its way through the network.
 
     ``index_Bn``: absolute frame indices; ``given``: further arguments of the network for these
-    frames (``cond_BFD``) or for the whole call (``text_kv``).
+    frames (``cond_BFD``) or for the whole call (``text_kv``); ``within_BTT``: see ``PagedAttend``.
     """
 
     index_Bn: np.ndarray
     given: dict = field(default_factory=dict)
+    within_BTT: Tensor | None = None
 
     @property
     def frames(self) -> int:
@@ -40,6 +41,10 @@ class CausalStepper:
 
     def __init__(self, dit: Callable[..., Tensor], pool: PagePool, policy: Policy) -> None:
         self.dit, self.pool, self.policy = dit, pool, policy
+
+    def empty(self, slots: int) -> Tables:
+        """Tables of slots without memory."""
+        return Tables.empty(slots)
 
     def context(self, tables: Tables, frames: int) -> Tables:
         """The pages that a new block of ``frames`` frames sees."""
@@ -62,7 +67,8 @@ class CausalStepper:
     def _attend(self, kept: Tables, block: Block, write: np.ndarray | None) -> PagedAttend:
         b, p = kept.pages_BP.shape
         sees = np.ones((b, block.frames, p + block.frames), bool)
-        return PagedAttend(self.pool, kept, sees, self._columns(block.frames), write)
+        return PagedAttend(self.pool, kept, sees, self._columns(block.frames), write,
+                           within_BTT=block.within_BTT)
 
     def flow(self, x_BCnHW: Tensor, t: float, attend: Callable, block: Block) -> Tensor:
         """Flow of a noisy block at timestep ``t``."""
@@ -107,7 +113,8 @@ class CausalStepper:
         ids = np.full((b, k), -1, np.int64)
         ids[present] = self.pool.alloc(int(present.sum()))
         with self._or_give_back(ids):
-            attend = PagedAttend(self.pool, Tables.empty(b), sees, 0, ids)
+            attend = PagedAttend(self.pool, Tables.empty(b), sees, 0, ids,
+                                 within_BTT=block.within_BTT)
             self.flow(x_BCKHW, t, attend, block)
         self.pool.seal(ids[present])
         every = Tables(ids, np.where(present, index, -1))
@@ -134,7 +141,8 @@ class CausalStepper:
         sees[:, last.frames:, p + last.frames:] = True
         ids = self.pool.alloc(last.index_Bn.size).reshape(last.index_Bn.shape)
         with self._or_give_back(ids):
-            attend = PagedAttend(self.pool, kept, sees, self._columns(last.frames), ids, reuse=True)
+            attend = PagedAttend(self.pool, kept, sees, self._columns(last.frames), ids, reuse=True,
+                                 within_BTT=new.within_BTT)
             x = torch.cat([last_BCnHW, x_BCnHW], 2)
             t_BF = torch.full((b, last.frames + n), t, device=x.device)
             t_BF[:, :last.frames] = last_t
@@ -144,6 +152,54 @@ class CausalStepper:
         self.pool.decref(ids[~seen[:, p:]])
         joint = Tables(np.concatenate([kept.pages_BP, ids], 1), frames_BP)
         return joint.keep(seen), flow, attend.again(n)
+
+
+class Guided:
+    """Classifier-free guidance over a stepper: ``v = v_neg + scale (v_pos - v_neg)``.
+
+    Each slot has two rows of tables, the wanted one and the negative one: two caches, both written
+    (actionparty spec 3.4). Callers see one row per slot.
+
+    Args:
+        stepper: works on two rows per slot.
+        scale: 1 = no guidance.
+        split: network arguments of B slots to those of 2 B rows, alternately wanted and negative.
+    """
+
+    def __init__(self, stepper: CausalStepper, scale: float, split: Callable[[dict], dict]) -> None:
+        self.stepper, self.scale, self.split = stepper, scale, split
+        self.policy, self.pool = stepper.policy, stepper.pool
+
+    def empty(self, slots: int) -> Tables:
+        """Tables of slots without memory."""
+        return Tables.empty(2 * slots)
+
+    def _block(self, block: Block) -> Block:
+        within = block.within_BTT
+        return Block(block.index_Bn.repeat(2, 0), self.split(block.given) if block.given else {},
+                     None if within is None else within.repeat_interleave(2, 0))
+
+    def _mix(self, flow: Tensor) -> Tensor:
+        wanted, negative = flow[::2], flow[1::2]
+        return negative + self.scale * (wanted - negative)
+
+    def prefill(self, x_BCKHW: Tensor, t: float, block: Block) -> Tables:
+        """As ``CausalStepper.prefill``."""
+        return self.stepper.prefill(x_BCKHW.repeat_interleave(2, 0), t, self._block(block))
+
+    def commit_and_flow(self, tables: Tables, last_BCnHW: Tensor, last_t: float, last: Block,
+                        x_BCnHW: Tensor, t: float, new: Block,
+                        given: dict) -> tuple[Tables, Tensor, Callable]:
+        """As ``CausalStepper.commit_and_flow``."""
+        tables, flow, attend = self.stepper.commit_and_flow(
+            tables, last_BCnHW.repeat_interleave(2, 0), last_t, self._block(last),
+            x_BCnHW.repeat_interleave(2, 0), t, self._block(new), self.split(given))
+        return tables, self._mix(flow), attend
+
+    def flow(self, x_BCnHW: Tensor, t: float, attend: Callable, block: Block) -> Tensor:
+        """As ``CausalStepper.flow``."""
+        return self._mix(self.stepper.flow(x_BCnHW.repeat_interleave(2, 0), t, attend,
+                                           self._block(block)))
 
 
 class WholeWindow:
@@ -176,7 +232,7 @@ class WholeWindow:
         return flow[:, :, -new:]
 
 
-def few_step(stepper: CausalStepper | WholeWindow, x_BCnHW: Tensor, schedule: FewStep,
+def few_step(stepper: CausalStepper | WholeWindow | Guided, x_BCnHW: Tensor, schedule: FewStep,
              renoise: Callable[[int], Tensor], attend: Callable | None, block: Block | None,
              first_flow: Tensor | None = None) -> Tensor:
     """Few-step sampling of one block: predict x0, noise it to the next level, repeat.
@@ -197,3 +253,17 @@ def few_step(stepper: CausalStepper | WholeWindow, x_BCnHW: Tensor, schedule: Fe
             flow = stepper.flow(x_BCnHW, t, attend, block)  # type: ignore[arg-type]
         x0 = x0_from_flow(x_BCnHW, flow, sigma)
     return x0
+
+
+def multi_step(stepper: CausalStepper | WholeWindow | Guided, x_BCnHW: Tensor, solver: UniPC,
+               attend: Callable | None, block: Block | None,
+               first_flow: Tensor | None = None) -> Tensor:
+    """Sampling of one block with a solver; arguments as for ``few_step``, no fresh noise."""
+    run = solver.begin(x_BCnHW)
+    for i, t in enumerate(solver.timesteps):
+        if i == 0 and first_flow is not None:
+            flow = first_flow
+        else:
+            flow = stepper.flow(run.x, t, attend, block)  # type: ignore[arg-type]
+        run.step(flow)
+    return run.x

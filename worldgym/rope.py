@@ -41,6 +41,18 @@ def rotation(frame_BF: Tensor, grid_hw: tuple[int, int], head_dim: int) -> Tenso
     return torch.polar(torch.ones_like(angle), angle)
 
 
+def rotation_at(position_BT3: Tensor, head_dim: int) -> Tensor:
+    """Unit complex numbers (B, T, head_dim / 2), complex128, for tokens at any (frame, y, x).
+
+    Positions may lie between those of the grid: patch k is at k.
+    """
+    pairs = axis_pairs(head_dim)
+    angle = torch.cat([position_BT3[..., i:i + 1].double()
+                       * axis_frequencies(n).to(position_BT3.device)
+                       for i, n in enumerate(pairs)], dim=-1)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
 def cos_sin(rotation_BTP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Interleaved cosines and signed sines (B, T, 1, 2P) ready for ``rotate``."""
     cos = rotation_BTP.real.repeat_interleave(2, dim=-1)

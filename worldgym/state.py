@@ -6,8 +6,9 @@ return to the pool when the last state that uses them is released or forgotten.
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +27,18 @@ class Starts:
     ``latents_BKChw``: normalised latents, oldest first, right-aligned; ``actions``: (B, K, ...)
     the action that led to each frame, in the world's action layout; ``null_BK``: no
     action led to it (first frame of an episode); ``length_B``: how many of the K frames are there.
+
+    Worlds with subjects also need ``subjects_BKNS``, the subjects' states in each frame, and
+    ``valid_BN``, which of the N places are taken; ``game_B``: which of the world's games it is.
     """
 
     latents_BKChw: Tensor
     actions: np.ndarray
     null_BK: np.ndarray
     length_B: np.ndarray
+    subjects_BKNS: Tensor | None = None
+    valid_BN: np.ndarray | None = None
+    game_B: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.length_B)
@@ -39,8 +46,13 @@ class Starts:
     def rows(self, index: np.ndarray) -> "Starts":
         """Some of the starts (repeats allowed)."""
         index = np.asarray(index)
-        return Starts(self.latents_BKChw[torch.from_numpy(index)], self.actions[index],
-                      self.null_BK[index], self.length_B[index])
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[torch.from_numpy(index)]
+            return None if value is None else np.asarray(value)[index]
+
+        return replace(self, **{f.name: cut(getattr(self, f.name)) for f in fields(self)})
 
 
 def check_slots(slots: object, count: int) -> np.ndarray:
@@ -69,13 +81,16 @@ class WorldState:
     last is the current frame; what heads and observations read), ``lengths_B`` (how many of them
     are real), ``pending_BA`` (action features of the current frame, not yet in memory), ``index_B``
     (absolute index of the current frame), ``seed_B``, ``episode_B``, ``step_B``, ``branch_B``
-    (the noise key), ``fingerprint`` (which world it belongs to).
+    (the noise key), ``fingerprint`` (which world it belongs to), ``extra`` (whatever else a world
+    keeps of a slot, tensors by name). A guided world has two rows of ``tables`` per slot.
     """
 
     COUNTERS = ("index_B", "lengths_B", "seed_B", "episode_B", "step_B", "branch_B")
 
     def __init__(self, pool: PagePool, fingerprint: str, tables: Tables, history_BKChw: Tensor,
-                 pending_BA: Tensor, counters: dict[str, np.ndarray]) -> None:
+                 pending_BA: Tensor, counters: dict[str, np.ndarray],
+                 extra: dict[str, Tensor] | None = None) -> None:
+        self.extra = extra or {}
         self.pool, self.fingerprint, self.tables = pool, fingerprint, tables
         self.history_BKChw, self.pending_BA, self._counters = history_BKChw, pending_BA, counters
         for array in (*counters.values(), tables.pages_BP, tables.frames_BP):
@@ -131,14 +146,17 @@ class WorldState:
         self._finalizer()
 
     def _new(self, tables: Tables, history: Tensor, pending: Tensor,
-             counters: dict[str, np.ndarray]) -> "WorldState":
-        return WorldState(self.pool, self.fingerprint, tables, history, pending, counters)
+             counters: dict[str, np.ndarray], extra: dict[str, Tensor]) -> "WorldState":
+        return WorldState(self.pool, self.fingerprint, tables, history, pending, counters, extra)
 
     def _rows(self, index: np.ndarray) -> "WorldState":
         self.check(self.fingerprint)
         where = torch.from_numpy(index).to(self.history_BKChw.device)
-        return self._new(self.tables.rows(index), self.history_BKChw[where],
-                         self.pending_BA[where], {k: v[index] for k, v in self._counters.items()})
+        rows = len(self.tables.pages_BP) // self.num_slots  # of tables, per slot
+        tables = self.tables.rows((index[:, None] * rows + np.arange(rows)).ravel())
+        return self._new(tables, self.history_BKChw[where], self.pending_BA[where],
+                         {k: v[index] for k, v in self._counters.items()},
+                         {k: v[where] for k, v in self.extra.items()})
 
     def snapshot(self) -> "WorldState":
         """Another handle on the same values; it survives ``release`` of this one. Shares pages."""
@@ -163,7 +181,7 @@ class WorldState:
             return state
         branch = state.branch_B * 1_000_003 + 1 + np.tile(np.arange(n), len(index))
         out = state._new(state.tables, state.history_BKChw, state.pending_BA,
-                         state._counters | {"branch_B": branch})
+                         state._counters | {"branch_B": branch}, state.extra)
         state.release()
         return out
 
@@ -183,6 +201,7 @@ class WorldState:
             Tables.join([s.tables for s in states]),
             torch.cat([s.history_BKChw for s in states]), torch.cat([s.pending_BA for s in states]),
             {k: np.concatenate([s._counters[k] for s in states]) for k in WorldState.COUNTERS},
+            {k: torch.cat([s.extra[k] for s in states]) for k in first.extra},
         )
 
     def replace(self, slots: object, other: "WorldState") -> "WorldState":
@@ -214,6 +233,7 @@ class WorldState:
         tensors |= {"tables.pages": torch.from_numpy(local),
                     "tables.frames": torch.from_numpy(self.tables.frames_BP.copy()),
                     "history": self.history_BKChw, "pending": self.pending_BA}
+        tensors |= {f"extra.{name}": value for name, value in self.extra.items()}
         header = {"kind": "worldgym.state", "format": FORMAT, "fingerprint": self.fingerprint}
         checkpoint.save(path, tensors, header)
 
@@ -239,6 +259,7 @@ class WorldState:
             pages = [(tensors[f"pages.k.{i}"], tensors[f"pages.v.{i}"])
                      for i in range(pool.spec.layers)]
             frames = tensors["tables.frames"].numpy().copy()
+            extra = {k: tensors[f"extra.{k}"].to(pool.device) for k in world.extra}
         except KeyError as error:
             raise CheckpointError("state file lacks a tensor", given=f"{path} without {error}",
                                   expected="all tensors of a saved state",
@@ -251,7 +272,7 @@ class WorldState:
             pool.seal(ids)
             table = np.where(local >= 0, ids[np.maximum(local, 0)] if count else -1, -1)
             return cls(pool, world.fingerprint, Tables(table, frames), history.to(pool.device),
-                       pending.to(pool.device), counters)
+                       pending.to(pool.device), counters, extra)
         finally:
             pool.decref(ids)
 
@@ -260,13 +281,14 @@ def _check_tensors(path: str | Path, world, tensors: dict[str, Tensor], count: i
     """Refuse a state file whose tensors have a wrong shape, dtype, page number or NaN."""
     spec, slots = world.pool.spec, len(tensors["step_B"])
     page = (count, spec.tokens, spec.heads, spec.head_dim)
-    table = (slots, *tensors["tables.pages"].shape[1:])
+    table = (slots * world.table_rows, *tensors["tables.pages"].shape[1:])
     wants: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         name: (page, spec.dtype) for name in tensors if name.startswith("pages.")}
     wants |= {name: ((slots,), torch.int64) for name in WorldState.COUNTERS}
     wants |= {"history": ((slots, world.history, *world.spec.latent_chw), world.latent_dtype),
               "pending": ((slots, *world.pending_shape), world.latent_dtype),
               "tables.pages": (table, torch.int64), "tables.frames": (table, torch.int64)}
+    wants |= {f"extra.{k}": ((slots, *shape), kind) for k, (shape, kind) in world.extra.items()}
     for name, expected in wants.items():
         tensor = tensors[name]
         if (tuple(tensor.shape), tensor.dtype) != expected:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from worldgym.engine import World
-from worldgym.errors import ConfigError
+from worldgym.errors import ConfigError, ShapeError
 from worldgym.state import WorldState
 
 AHEAD = 2  # steps of a fork: what the first one's noise made is what the second one is judged by
@@ -48,7 +48,11 @@ def _forked(world: World, state: WorldState, actions: object, forks: int,
     if forks < 2:
         raise ConfigError("spread of too few forks", given=forks, expected="at least 2",
                           fix="use 4")
-    held = np.repeat(world.spec.action.check(actions, state.num_slots), forks, axis=0)
+    actions = np.asarray(actions)
+    if actions.shape[:1] != (state.num_slots,):
+        raise ShapeError("action batch has the wrong shape", given=actions.shape,
+                         expected=(state.num_slots, "..."), fix="give one action for every slot")
+    held = np.repeat(actions, forks, axis=0)  # the step checks the rest
     copies, chunks = state.fork(forks, fresh=True), []
     try:
         for _ in range(ahead):

@@ -27,6 +27,7 @@ from worldgym.state import Starts
 FORMAT = 1
 KIND = "worldgym.starts"
 ENCODE_BATCH = 64  # frames
+NEAR = 32  # starts among which one of about an age is drawn
 _log = logging.getLogger(__name__)
 
 
@@ -37,8 +38,8 @@ class StartBank:
     Fields: ``latents_UChw`` float16 and ``latent_rows_NK`` (row of each context frame, -1: none),
     ``actions`` (N, K, *shape): the action that led to each frame, ``null_NK``: no action led to it,
     ``length_N``: context frames present (right-aligned), ``frames_VHWC`` uint8, ``frame_rows_N``:
-    the newest frame of each start, ``beginnings``: bool (N,), the first frame of an episode.
-    Beginnings come first.
+    the newest frame of each start, ``beginnings``: bool (N,), the first frame of an episode,
+    ``age_N``: steps since then (None: not kept, in older files). Beginnings come first.
 
     >>> from worldgym.data.starts import StartBank
     >>> bank = StartBank.from_frames(lambda frames: frames.float().permute(0, 3, 1, 2) / 255,
@@ -55,6 +56,7 @@ class StartBank:
     frames_VHWC: np.ndarray
     frame_rows_N: np.ndarray
     beginnings: np.ndarray
+    age_N: np.ndarray | None = None
 
     @classmethod
     def build(cls, episodes: Episodes, encode: Callable[[Tensor], Tensor], ids: np.ndarray,
@@ -103,7 +105,8 @@ class StartBank:
             actions=actions, null_NK=~there | (rows_NK == first_N[:, None]),
             length_N=length_N.astype(np.int64),
             frames_VHWC=episodes.take("frames", unique_U[shown]),
-            frame_rows_N=frame_rows.astype(np.int32), beginnings=beginning_N)
+            frame_rows_N=frame_rows.astype(np.int32), beginnings=beginning_N,
+            age_N=(last_N - first_N).astype(np.int64))
 
     @classmethod
     def from_frames(cls, encode: Callable[[Tensor], Tensor], frames_NHWC: np.ndarray,
@@ -117,7 +120,7 @@ class StartBank:
                    actions=np.zeros_like(np.asarray(actions))[:, None],
                    null_NK=np.ones((n, 1), bool), length_N=np.ones(n, np.int64),
                    frames_VHWC=frames, frame_rows_N=np.arange(n, dtype=np.int32),
-                   beginnings=np.ones(n, bool))
+                   beginnings=np.ones(n, bool), age_N=np.zeros(n, np.int64))
 
     def __len__(self) -> int:
         return len(self.length_N)
@@ -137,12 +140,27 @@ class StartBank:
                               expected="at least one", fix="build it with beginning_fraction > 0")
         return chosen[(draw % np.uint64(len(chosen))).astype(np.int64)]
 
+    def at_age(self, age: int, seeds: Any, episodes: Any) -> np.ndarray:
+        """Index of a start about ``age`` steps into an episode for each (seed, episode).
+
+        One of the ``NEAR`` starts nearest in age; the draw depends on nothing else.
+
+        Raises:
+            ConfigError: the bank does not know the ages of its starts.
+        """
+        if self.age_N is None:
+            raise ConfigError("the bank does not know how old its starts are", given=repr(self),
+                              expected="a bank with ages", fix="build it again (StartBank.build)")
+        near = np.argsort(np.abs(self.age_N - age), kind="stable")[:NEAR]
+        return near[(hash64(seeds, episodes) % np.uint64(len(near))).astype(np.int64)]
+
     def only(self, indices: Any) -> StartBank:
         """A bank of these starts only, e.g. ``bank.only(np.flatnonzero(bank.beginnings))``."""
         i = self._check(indices)
         return replace(self, latent_rows_NK=self.latent_rows_NK[i], actions=self.actions[i],
                        null_NK=self.null_NK[i], length_N=self.length_N[i],
-                       frame_rows_N=self.frame_rows_N[i], beginnings=self.beginnings[i])
+                       frame_rows_N=self.frame_rows_N[i], beginnings=self.beginnings[i],
+                       age_N=None if self.age_N is None else self.age_N[i])
 
     def gather(self, indices: Any) -> Starts:
         """These starts (repeats allowed) as ``Starts``, float32 on the CPU; padding is zero."""
@@ -187,7 +205,7 @@ class StartBank:
     def save(self, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
         """Write one safetensors file, atomically; ``metadata``: JSON values to keep with it."""
         tensors = {"latents": self.latents_UChw}
-        for name, field in _ARRAYS.items():
+        for name, field in {**_ARRAYS, **({} if self.age_N is None else _AGE)}.items():
             tensors[name] = torch.from_numpy(np.array(getattr(self, field)))
         header = {"kind": KIND, "format": FORMAT, "starts": len(self), **dict(metadata or {})}
         return checkpoint.save(path, tensors, header)
@@ -200,12 +218,13 @@ class StartBank:
             raise CheckpointError("not a start bank", given=f"{path}: {header}",
                                   expected=f"a {KIND} file of format {FORMAT}",
                                   fix="write it with StartBank.save")
-        if set(tensors) != {"latents", *_ARRAYS}:
+        if set(tensors) - set(_AGE) != {"latents", *_ARRAYS}:
             raise CheckpointError("start bank has the wrong tensors",
                                   given=f"{path}: {sorted(tensors)}",
                                   expected=sorted(["latents", *_ARRAYS]), fix="build it again")
         bank = cls(latents_UChw=tensors["latents"],
-                   **{field: tensors[name].numpy() for name, field in _ARRAYS.items()})
+                   **{field: tensors[name].numpy() for name, field in {**_ARRAYS, **_AGE}.items()
+                      if name in tensors})
         problem = bank._problem()
         if problem:
             raise CheckpointError("start bank does not fit together", given=f"{path}: {problem}",
@@ -224,7 +243,9 @@ class StartBank:
                  "null": self.null_NK.shape == (n, k) and self.null_NK.dtype == bool,
                  "frames": self.frames_VHWC.ndim == 4 and self.frames_VHWC.dtype == np.uint8,
                  "frame_rows": self.frame_rows_N.shape == (n,),
-                 "beginnings": self.beginnings.shape == (n,) and self.beginnings.dtype == bool}
+                 "beginnings": self.beginnings.shape == (n,) and self.beginnings.dtype == bool,
+                 "age": self.age_N is None or self.age_N.shape == (n,) and
+                 self.age_N.dtype == np.int64 and bool((self.age_N >= 0).all())}
         wrong = [name for name, ok in wants.items() if not ok]
         if wrong or n < 1:
             return f"shape or dtype of {wrong or 'length'}"
@@ -241,6 +262,7 @@ class StartBank:
 _ARRAYS = {"latent_rows": "latent_rows_NK", "actions": "actions", "null": "null_NK",
            "length": "length_N", "frames": "frames_VHWC", "frame_rows": "frame_rows_N",
            "beginnings": "beginnings"}
+_AGE = {"age": "age_N"}
 
 
 def hash64(seeds: Any, episodes: Any) -> np.ndarray:

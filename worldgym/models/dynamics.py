@@ -100,6 +100,18 @@ def before(x_BCFhw: Tensor, count: int) -> Tensor:
     return torch.cat([padded[:, :, count - i:count - i + frames] for i in range(1, count + 1)], 1)
 
 
+def drawer(rows: int, generator: torch.Generator, share: tuple[int, int],
+           device: torch.device) -> Callable[..., Tensor]:
+    """draw(kind, *shape): this process's ``rows`` of the noise that the whole batch gets."""
+    rank, size = share
+
+    def draw(kind, *shape: int) -> Tensor:
+        whole = kind(rows * size, *shape, generator=generator)
+        return whole[rank * rows:(rank + 1) * rows].to(device)
+
+    return draw
+
+
 def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor,
                   weight_BFhw: Tensor, generator: torch.Generator, share: tuple[int, int] = (0, 1),
                   full_noise: float = 0.25, context_noise: float = 0.3, alone: bool = False,
@@ -117,13 +129,7 @@ def dynamics_loss(model: nn.Module, latents_BFChw: Tensor, actions_BFA: Tensor,
     how many there are changes nothing. ``alone``: see ``Dynamics.forward``.
     """
     b, f = latents_BFChw.shape[:2]
-    rank, size = share
-    device = latents_BFChw.device
-
-    def draw(kind, *shape: int) -> Tensor:
-        whole = kind(b * size, *shape, generator=generator)
-        return whole[rank * b:(rank + 1) * b].to(device)
-
+    draw = drawer(b, generator, share, latents_BFChw.device)
     sigma = draw(torch.rand, f)
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     sigma = torch.where(draw(torch.rand, f) < full_noise, torch.ones_like(sigma), sigma)

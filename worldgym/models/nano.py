@@ -51,8 +51,8 @@ class NanoConfig:
 
     ``steps``: denoising timesteps of one step (1000 = pure noise); ``temperature``: factor on the
     sampler's noise; ``context_noise``: noise level told to the network for frames in memory;
-    ``end_scale``, ``danger_ends``: see ``LearnedOutcome``; ``outcome_ahead``, ``reward_range``:
-    see ``OutcomeConfig``.
+    ``end_scale``: factor on the end chance; ``outcome_ahead``, ``reward_range``: see
+    ``OutcomeConfig``.
     """
 
     name: str
@@ -71,14 +71,12 @@ class NanoConfig:
     outcome_width: int = 48
     outcome_members: int = 2
     outcome_ahead: int = 0
-    danger_ends: bool = False
     reward_range: tuple[tuple[float, float], tuple[float, float]] | None = None
 
     def to_json(self) -> dict:
         """Plain dict that ``from_json`` reads back."""
         data = asdict(self)
-        # older worlds keep their fingerprint
-        for name in ("reward_range", "outcome_ahead", "danger_ends"):
+        for name in ("reward_range", "outcome_ahead"):  # older worlds keep their fingerprint
             if not data[name]:
                 del data[name]
         return data
@@ -146,15 +144,14 @@ class Nano(nn.Module):
         self.eval().requires_grad_(False).to(device)
         cfg = self.cfg
         schedule = FewStep(tuple(cfg.steps), tuple(t / 1000 for t in cfg.steps))
-        outcome = LearnedOutcome(self.outcome, cfg.end_scale, cfg.danger_ends)
-        memory = SinkWindow(cfg.window, cfg.sink)
         return World(
-            cfg.spec, self.codec, self.dynamics, outcome, memory, schedule,
+            cfg.spec, self.codec, self.dynamics, LearnedOutcome(self.outcome, cfg.end_scale),
+            SinkWindow(cfg.window, cfg.sink), schedule,
             temperature=cfg.temperature, context_noise=cfg.context_noise,
             fingerprint=value_fingerprint(self), device=device, max_pages=max_pages)
 
 
-def value_fingerprint(nano: Nano, part: str = "") -> str:
+def value_fingerprint(nano: Any, part: str = "") -> str:
     """Hash of configuration and weight values (of one part): which world a state belongs to."""
     digest = hashlib.sha256(json.dumps(nano.cfg.to_json(), sort_keys=True).encode())
     for name, tensor in sorted((n, t) for n, t in nano.state_dict().items() if n.startswith(part)):
@@ -203,29 +200,32 @@ def tiny(seed: int = 0, action: ActionSpec | None = None, lively: bool = True,
     return nano.world()
 
 
-def save(nano: Nano, folder: str | Path, card: dict) -> None:
+def save(nano: Any, folder: str | Path, card: dict, kind: str = "worldgym.nano") -> None:
     """Write weights and card; ``card`` holds provenance and metrics as plain JSON values."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(folder / WEIGHTS, nano, {"kind": "worldgym.nano"})
+    checkpoint.save(folder / WEIGHTS, nano, {"kind": kind})
     part = folder / (CARD + ".part")
-    part.write_text(json.dumps({"kind": "worldgym.nano", "config": nano.cfg.to_json()} | card,
+    part.write_text(json.dumps({"kind": kind, "config": nano.cfg.to_json()} | card,
                                indent=1) + "\n")
     os.replace(part, folder / CARD)
 
 
-def load_nano(folder: str | Path, **changes: Any) -> Nano:
-    """Weights and configuration of a world folder; ``changes`` override configuration fields."""
+def read_config(folder: str | Path) -> dict:
+    """The configuration on a world folder's card."""
     folder = Path(folder)
     try:
-        card = json.loads((folder / CARD).read_text())
-        config = card["config"]
+        return json.loads((folder / CARD).read_text())["config"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError("no world in this folder", given=f"{folder} ({error})",
                               expected=f"{CARD} with a config, and {WEIGHTS}",
                               fix="fit a world first: worldgym fit --data ... --out ...") from error
-    nano = Nano(replace(NanoConfig.from_json(config), **changes))
-    return checkpoint.load_into(nano, folder / WEIGHTS)
+
+
+def load_nano(folder: str | Path, **changes: Any) -> Nano:
+    """Weights and configuration of a world folder; ``changes`` override configuration fields."""
+    nano = Nano(replace(NanoConfig.from_json(read_config(folder)), **changes))
+    return checkpoint.load_into(nano, Path(folder) / WEIGHTS)
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", **changes: Any) -> World:

@@ -44,14 +44,14 @@ class _Member(nn.Module):
 
     def forward(self, near_BPN: Tensor, grid_hw: tuple[int, int], action_BA: Tensor) -> Tensor:
         # 3x3 convolutions written as matrix products: their bits do not depend on the batch
-        x = F.silu(_linear(self.inputs, near_BPN))
-        x = _neighbours(x.transpose(1, 2).unflatten(2, grid_hw))
-        x = F.silu(_linear(self.middle, x))
-        x = F.silu(_linear(self.hidden, torch.cat([x.flatten(1), action_BA], 1)))
-        return _linear(self.last, torch.cat([x, action_BA], 1))
+        x = F.silu(linear(self.inputs, near_BPN))
+        x = neighbours(x.transpose(1, 2).unflatten(2, grid_hw))
+        x = F.silu(linear(self.middle, x))
+        x = F.silu(linear(self.hidden, torch.cat([x.flatten(1), action_BA], 1)))
+        return linear(self.last, torch.cat([x, action_BA], 1))
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer, with bits that do not depend on a row's place in the batch.
 
     Products with few outputs choose their code by the alignment of each row: rows of narrow
@@ -63,7 +63,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(F.pad(x, (0, pad)), F.pad(layer.weight, (0, pad)), layer.bias)
 
 
-def _neighbours(x_BChw: Tensor) -> Tensor:
+def neighbours(x_BChw: Tensor) -> Tensor:
     """(B, h * w, 9 C): every cell with its eight neighbours, zeros outside."""
     return F.unfold(x_BChw, 3, padding=1).transpose(1, 2)
 
@@ -88,7 +88,7 @@ class Outcome(nn.Module):
     def forward(self, past_BKChw: Tensor, action_BA: Tensor) -> Tensor:
         x = past_BKChw.flatten(1, 2)
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # marks the border against zero padding
-        near, grid = _neighbours(x), x.shape[2:]
+        near, grid = neighbours(x), x.shape[2:]
         return torch.stack([member(near, grid, action_BA) for member in self.members], 1)
 
     def predict(self, past_BKChw: Tensor, action_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:

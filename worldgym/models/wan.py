@@ -20,6 +20,8 @@ from worldgym.rope import cos_sin, rotate, rotation
 
 # attend(layer, q_BTNE, k_BTNE, v_BTNE) -> out_BTNE; q and k are already rotated
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# cross-attention of one layer: keys and values that every token sees, or cross(q_BTNE) -> out_BTNE
+Cross = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]
 # A float32 matrix product gives row-independent bits from 4 rows on, elementwise kernels for sizes
 # that are multiples of 32 (they work out the rest in other code): choose dim % 32 == 0 (test_wan).
 MIN_ROWS = 4
@@ -118,7 +120,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, mod_BF6D: Tensor, table: tuple[Tensor, Tensor],
                 attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-                text_kv: tuple[Tensor, Tensor] | None) -> Tensor:
+                text_kv: Cross | None) -> Tensor:
         m = (self.modulation + mod_BF6D).unsqueeze(3).unbind(2)  # six of (B, F, 1, D)
         y = self._modulate(x_BTD, m[0], m[1])
         q, (k, v) = self.self_attn.query(y), self.self_attn.key_value(y)
@@ -126,7 +128,8 @@ class Block(nn.Module):
         x_BTD = self._gate(x_BTD, self.self_attn.o(y), m[2])
         if text_kv is not None:
             q = self.cross_attn.query(self.norm3(x_BTD))
-            x_BTD = x_BTD + self.cross_attn.o(attention(q, *text_kv).flatten(2))
+            y = text_kv(q) if callable(text_kv) else attention(q, *text_kv)
+            x_BTD = x_BTD + self.cross_attn.o(y.flatten(2))
         return self._gate(x_BTD, self.ffn(self._modulate(x_BTD, m[3], m[4])), m[5])
 
     def _modulate(self, x_BTD: Tensor, shift_BF1D: Tensor, scale_BF1D: Tensor) -> Tensor:
@@ -327,8 +330,15 @@ def teacher_forcing_frame_mask(blocks_F: Tensor, window: int | None = None) -> T
     return torch.cat([top, bottom])
 
 
-def masked(frame_mask_FF: Tensor, tokens_per_frame: int) -> Attend:
-    """An ``attend`` that applies a frame mask to every token of the frames."""
+def masked(frame_mask_FF: Tensor, tokens_per_frame: int,
+           within_BTT: Tensor | None = None) -> Attend:
+    """An ``attend`` that applies a frame mask to every token of the frames.
+
+    ``within_BTT``: which tokens of a frame see which tokens of a frame they see, per slot.
+    """
     mask = frame_mask_FF.repeat_interleave(tokens_per_frame, 0)
     mask = mask.repeat_interleave(tokens_per_frame, 1)
+    if within_BTT is not None:
+        frames = len(frame_mask_FF)
+        mask = (mask.to(within_BTT.device) & within_BTT.repeat(1, frames, frames))[:, None]
     return lambda layer, q, k, v: attention(q, k, v, mask.to(q.device))

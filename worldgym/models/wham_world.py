@@ -37,7 +37,7 @@ from worldgym.models.wham_decode import (
 )
 from worldgym.noise import PASSES, uniform
 from worldgym.spec import Licence, WorldSpec
-from worldgym.state import WorldState
+from worldgym.state import Starts, WorldState
 
 LICENCE = Licence(name="Microsoft Research License (research use)", may_ship_weights=False,
                   may_train_on_outputs=False)
@@ -97,16 +97,15 @@ class WhamWorld(World):
             latent_chw=(1, *model.tokenizer.grid_hw), action=wham_actions.SPEC, fps=fps,
             context_frames=self.window, licence=licence)
         self.history = self.window + 1
+        # the action taken on each frame of the history; -1 where it is not known yet
+        self.extra = {"taken_BFA": ((self.history, wham_actions.COUNT), torch.int64)}
+        self.table_rows = 1
         options = f"window {self.window}, slide {slide}, diagonal {diagonal}"
         self.fingerprint = f"{fingerprint or checkpoint.fingerprint(model)} {options}"
         self.pool = PagePool(
             PageSpec(layers=cfg.n_layer, heads=cfg.n_head, head_dim=cfg.n_embd // cfg.n_head,
                      tokens=model.step_tokens, dtype=next(model.gpt.parameters()).dtype),
             self.device, max_pages=max_pages)
-
-    @property
-    def pending_shape(self) -> tuple[int, ...]:
-        return (self.history, wham_actions.COUNT)
 
     # -- what the engine asks for --------------------------------------------------------------
 
@@ -125,20 +124,24 @@ class WhamWorld(World):
                              expected=f"0 to {self.model.codes - 1}",
                              fix="encode start frames with this world's tokeniser")
 
-    def _remember(self, latents_BKChw: Tensor, features_BKA: Tensor,
-                  length_B: np.ndarray) -> Tables:
+    @property
+    def pending_shape(self) -> tuple[int, ...]:
+        return (wham_actions.COUNT,)
+
+    def _remember(self, latents_BKChw: Tensor, features_BKA: Tensor, length_B: np.ndarray,
+                  starts: Starts, extra: dict[str, Tensor]) -> Tables:
         return Tables.empty(len(length_B))  # the first step computes the window
 
-    def _first_pending(self, features_BKA: Tensor) -> Tensor:
-        """Actions taken on each frame of the history; -1 = not known yet."""
-        b, k = features_BKA.shape[:2]
+    def _start_extra(self, starts: Starts, features_BKA: Tensor, rows_B1: np.ndarray,
+                     reach_BK: np.ndarray) -> dict[str, Tensor]:
         led = features_BKA[:, 1:]  # the action that led to a frame was taken on the one before
-        return F.pad(led, (0, 0, self.history - k, 1), value=-1)
+        before = self.history - features_BKA.shape[1]
+        return {"taken_BFA": F.pad(led, (0, 0, before, 1), value=-1)}
 
     @torch.no_grad()
-    def _generate(self, state: WorldState, action_BA: Tensor,
-                  keys: np.ndarray) -> tuple[Tensor, Tables, Tensor]:
-        model, taken = self.model, state.pending_BA.clone()
+    def _generate(self, state: WorldState,
+                  action_BA: Tensor) -> tuple[Tensor, dict[str, Tensor], Tables]:
+        model, keys, taken = self.model, state.keys_B4, state.extra["taken_BFA"].clone()
         taken[:, -1] = action_BA
         pairs = self._pairs(state)
         order, groups = self._groups(state, pairs, taken, model.image_tokens - 1 + (
@@ -156,8 +159,8 @@ class WhamWorld(World):
         back = torch.from_numpy(np.argsort(order)).to(self.device)
         tables = self._keep(state, order, groups, pairs)
         new = ids.new_full((len(ids), 1, TAIL - 1), -1) if proposed is None else proposed[:, None]
-        pending = torch.cat([taken[:, 1:], new[back]], 1)
-        return ids[back].view(-1, *self.spec.latent_chw), tables, pending
+        extra = {"taken_BFA": torch.cat([taken[:, 1:], new[back]], 1)}
+        return ids[back].view(-1, *self.spec.latent_chw), extra, tables
 
     def _actor(self, keys_B4: np.ndarray, ahead: int):
         """Draws actions for the frame ``ahead`` steps on."""
@@ -252,10 +255,11 @@ class WhamWorld(World):
         The same draw however often it is asked for, and whether or not the world proposes.
         """
         state.check(self.fingerprint, self.pool)
-        ids = state.pending_BA[:, -1]
+        ids = state.extra["taken_BFA"][:, -1]
         if watch is not None or bool((ids < 0).any()):
             model, frames = self.model, self._frames(state)
-            order, groups = self._groups(state, frames, state.pending_BA.clamp_min(0), TAIL)
+            order, groups = self._groups(state, frames, state.extra["taken_BFA"].clamp_min(0),
+                                         TAIL)
             for group in groups:  # the sequence ends with the current image
                 group.ids_GT = group.ids_GT[:, :1 - TAIL]
             ids = actions(model, groups, self._actor(state.keys_B4[order], 0), watch)

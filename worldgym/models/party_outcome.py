@@ -1,0 +1,171 @@
+"""Rewards and ends of every player of a party, learned from recordings.
+
+Shapes: B slot, K past frame, C channel, h w latent grid, P = h * w cells, N subject, S state
+channel, A action, M head member.
+A reward is read from what happened: the frames before, the action, and the frame after, at the
+places where the player was and is: who of two players got the coin is in the picture. An end is
+read from the frames before and the action only, never from a drawn ending: see outcome.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldgym.errors import ConfigError
+from worldgym.models.outcome import linear, neighbours
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartyOutcomeConfig:
+    """``frames``: K past frames read; ``members``: independent heads that are averaged;
+    ``reward_range``: lowest and highest reward of a player in one recorded step."""
+
+    latent_chw: tuple[int, int, int]
+    channels: int
+    actions: int
+    frames: int = 1
+    width: int = 48
+    hidden: int = 64
+    members: int = 2
+    reward_range: tuple[float, float] | None = None
+
+
+class _Reader(nn.Module):
+    """One number per player from frames, looked at where the player is."""
+
+    def __init__(self, cfg: PartyOutcomeConfig, frames: int, places: int) -> None:
+        super().__init__()
+        c = cfg.latent_chw[0]
+        self.inputs = nn.Linear(9 * (frames * c + places + 1), cfg.width)
+        self.middle = nn.Linear(9 * cfg.width, cfg.width)
+        own = places * (cfg.width + cfg.channels) + cfg.width + cfg.actions + 1
+        self.hidden = nn.Linear(own, cfg.hidden)
+        self.last = nn.Linear(cfg.hidden, 1)
+
+    def forward(self, frames_BKChw: Tensor, states_BKNS: Tensor, action_BNA: Tensor,
+                valid_BN: Tensor) -> Tensor:
+        """(B, N); ``states_BKNS``: where the players are in the frames that ask for it."""
+        grid = frames_BKChw.shape[-2:]
+        at_BKNP = places(states_BKNS[..., :2], grid)
+        crowd = (at_BKNP * valid_BN[:, None, :, None]).sum(2).unflatten(-1, grid)
+        x = torch.cat([frames_BKChw.flatten(1, 2), crowd], 1)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # marks the border against zero padding
+        x = F.silu(linear(self.inputs, neighbours(x)))
+        x = F.silu(linear(self.middle, neighbours(x.transpose(1, 2).unflatten(2, grid))))
+        here = [(at_BKNP[:, k, :, :, None] * x[:, None]).sum(2) for k in range(at_BKNP.shape[1])]
+        every = x.mean(1, keepdim=True).expand(-1, valid_BN.shape[1], -1)
+        own = torch.cat([*here, every, states_BKNS.transpose(1, 2).flatten(2), action_BNA], 2)
+        y = F.silu(linear(self.hidden, own.flatten(0, 1)))
+        return linear(self.last, y)[:, 0].unflatten(0, valid_BN.shape)
+
+
+def places(position_BKN2: Tensor, grid_hw: tuple[int, int] | torch.Size) -> Tensor:
+    """Share of each cell (B, K, N, P) in each position: bilinear, positions kept on the grid."""
+    h, w = grid_hw
+    shares = []
+    for axis, size in ((1, h), (0, w)):
+        at = ((position_BKN2[..., axis] + 1) / 2 * size - 0.5).clamp(0, size - 1)
+        cells = torch.arange(size, device=at.device, dtype=at.dtype)
+        shares.append((1 - (at[..., None] - cells).abs()).clamp_min(0))
+    return (shares[0][..., :, None] * shares[1][..., None, :]).flatten(-2)
+
+
+class PartyOutcome(nn.Module):
+    """End logit and reward of every player's step: (B, M, N, 2)."""
+
+    reward_scale: Tensor
+
+    def __init__(self, cfg: PartyOutcomeConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.ends = nn.ModuleList(_Reader(cfg, cfg.frames, 1) for _ in range(cfg.members))
+        self.rewards = nn.ModuleList(_Reader(cfg, cfg.frames + 1, 2) for _ in range(cfg.members))
+        self.register_buffer("reward_scale", torch.ones(()))
+
+    def forward(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
+                after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor) -> Tensor:
+        """``before_BNS``, ``after_BNS``: states in the last past frame and in the one after."""
+        action = F.one_hot(actions_BN, self.cfg.actions + 1).to(past_BKChw)
+        both = torch.cat([past_BKChw, after_BChw[:, None]], 1)
+        states = torch.stack([before_BNS, after_BNS], 1)
+        states = torch.where(valid_BN[:, None, :, None], states, 0)
+        ends = [m(past_BKChw, states[:, :1], action, valid_BN) for m in self.ends]
+        rewards = [m(both, states, action, valid_BN) for m in self.rewards]
+        return torch.stack([torch.stack(ends, 1), torch.stack(rewards, 1)], -1)
+
+    def predict(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
+                after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """(end chance, reward), (B, N) each; zero where nobody is."""
+        rows = len(valid_BN)
+        pad = max(1, 4 - rows)  # see Outcome.predict
+        given = (past_BKChw, before_BNS, after_BChw, after_BNS, actions_BN, valid_BN)
+        out = self(*(torch.cat([x, torch.zeros_like(x[:1]).expand(pad, *x.shape[1:])])
+                     for x in given))[:rows]
+        rewards = out[..., 1].mean(1) * self.reward_scale
+        if self.cfg.reward_range is not None:
+            rewards = rewards.clamp(*self.cfg.reward_range)
+        return (torch.where(valid_BN, out[..., 0].sigmoid().mean(1), 0),
+                torch.where(valid_BN, rewards, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedPartyOutcome:
+    """Rewards and ends from the world's own heads; ``end_scale`` multiplies the end chances."""
+
+    model: PartyOutcome
+    end_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.end_scale < float("inf"):
+            raise ConfigError("impossible end_scale", given=self.end_scale,
+                              expected="a finite number >= 0", fix="use 1.0")
+
+    @property
+    def frames(self) -> int:
+        """Past frames read."""
+        return self.model.cfg.frames
+
+    @torch.no_grad()
+    def __call__(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
+                 after_BNS: Tensor, actions_BN: Tensor,
+                 valid_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """(end chance (B, N) in [0, 1], reward (B, N))."""
+        chance, reward = self.model.predict(past_BKChw[:, -self.frames:], before_BNS, after_BChw,
+                                            after_BNS, actions_BN, valid_BN)
+        return (chance * self.end_scale).clamp(0, 1), reward
+
+
+def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[str, Tensor],
+                       scale: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the ends and squared error of the rewards over all steps of the clips.
+
+    ``batch``: as for ``party_loss`` (see there), with ``rewards_BFN`` and ``ended_BFN`` (the player
+    ended in this frame or before); a player that has ended before counts no more.
+    """
+    latents, valid = batch["latents_BFChw"].float(), batch["valid_BN"].bool()
+    states = torch.where(valid[:, None, :, None], batch["states_BFNS"].float(), 0)
+    actions = batch["actions_BFN"].long()
+    actions = torch.where(valid[:, None] & (actions >= 0), actions, cfg.actions)
+    b, f = latents.shape[:2]
+    reach = torch.arange(f - 1)[:, None] - torch.arange(cfg.frames - 1, -1, -1)
+    past = latents[:, reach.clamp(min=0)].flatten(0, 1)
+    ended = batch["ended_BFN"].bool()
+    there = valid[:, None] & ~ended[:, :-1]
+    if "exists_BF" in batch:
+        there = there & batch["exists_BF"][:, 1:, None].bool()
+
+    def after(x: Tensor) -> Tensor:
+        return x[:, 1:].flatten(0, 1)
+
+    out = model(past, states[:, :-1].flatten(0, 1), after(latents), after(states), after(actions),
+                valid.repeat_interleave(f - 1, 0))
+    counts = there.flatten(0, 1)[:, None].expand(-1, out.shape[1], -1)
+    end, reward = (after(x).float()[:, None].expand(counts.shape)
+                   for x in (ended, torch.nan_to_num(batch["rewards_BFN"])))
+    total = counts.sum().clamp_min(1)
+    bce = F.binary_cross_entropy_with_logits(out[..., 0], end, reduction="none")
+    bce = (bce * counts).sum() / total
+    squared = (((out[..., 1] - reward / scale) ** 2) * counts).sum() / total
+    return bce + squared, {"end_bce": float(bce.detach()), "reward_mse": float(squared.detach())}
