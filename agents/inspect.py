@@ -25,7 +25,10 @@ def describe(path: str | Path) -> str:
     if path.suffix == ".json":
         return _json(path)
     from worldgym import checkpoint
+    from worldgym.models import wham_checkpoint
 
+    if wham_checkpoint.is_wham(path):
+        return _lines(f"checkpoint {path}", wham_checkpoint.describe(path))
     return _lines(f"checkpoint {path}", checkpoint.describe(path))
 
 

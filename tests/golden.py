@@ -32,7 +32,8 @@ from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-TABLES = ("golden_wan", "golden_scope", "golden_scope_dit")  # beside this file, each with a KINDS
+# modules beside this file, each with a dict KINDS
+TABLES = ("golden_wan", "golden_scope", "golden_scope_dit", "golden_wham")
 DEFAULT_ATOL = 1e-4
 
 
