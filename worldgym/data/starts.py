@@ -1,8 +1,9 @@
 """Start states: short pieces of real play in latents, from which dreamt episodes begin.
 
 Shapes: N starts of the bank, B chosen starts, K context frames, U stored latents, V stored frames,
-C channel, h w latent grid, H W pixels, P player slot, S state channel. Equal frames are stored once; latents are kept as float16,
-rounded when the bank is built, so that a bank in memory and one from disk are the same bits.
+C channel, h w latent grid, H W pixels, P player slot, S state channel. Equal frames are stored
+once; latents are kept as float16, rounded when the bank is built, so that a bank in memory and one
+from disk are the same bits.
 """
 
 from __future__ import annotations
