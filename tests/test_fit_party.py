@@ -127,7 +127,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(whole, data, tmp_path):
 
 
 def test_a_snapshot_is_a_world(whole, data, tmp_path):
-    """Of a finished run: the same weights. Before whole clips were seen: no memory."""
+    """Of a finished run: the same weights. Early: no memory, no ends."""
     out, _ = whole
     settings = SMALL | {"data": str(data), "out": str(out), "name": "toy",
                         "snapshot": str(tmp_path / "now")}
@@ -135,19 +135,22 @@ def test_a_snapshot_is_a_world(whole, data, tmp_path):
     a, b = (party_nano.load_party(x) for x in (out, tmp_path / "now"))
     assert a.cfg == b.cfg
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-    path = out / "training/dynamics.ckpt"
+    path, heads = (out / f"training/{part}.ckpt" for part in ("dynamics", "outcome"))
     state = torch.load(path)
     torch.save(state | {"iteration": 6}, path)
+    heads.rename(tmp_path / "heads")
     try:
         fit_run.recorded(settings | {"snapshot": str(tmp_path / "early")})
     finally:
         torch.save(state, path)
+        (tmp_path / "heads").rename(heads)
     task = load_party(tmp_path / "early")
     assert task.world.spec.context_frames == 0
     card = json.loads((tmp_path / "early/world.json").read_text())
-    assert card["provenance"]["iterations"] == {"codec": 8, "dynamics": 6, "outcome": 4}
+    assert card["provenance"]["iterations"] == {"codec": 8, "dynamics": 6, "outcome": 0}
     state = task.world.begin(task.starts.gather([0, 11]), [0] * 2, range(2))
-    task.world.step(state, np.zeros((2, SLOTS), np.int64))
+    _, chunk = task.world.step(state, np.zeros((2, SLOTS), np.int64))
+    assert not chunk.subjects.end_probability_BN.any() and not chunk.subjects.ended_BN.any()
     with pytest.raises(ConfigError, match="nothing to take a snapshot of"):
         fit_run.recorded(settings | {"out": str(tmp_path / "none")})
 
@@ -160,7 +163,7 @@ def bank(store, game=0, **changes):
         return frames.permute(0, 3, 1, 2).float()[:, :, ::4, ::4] / 255
 
     args = {"count": 8, "context": 3, "view": halved, "game": game, "margin": 2,
-            "states": lambda rows: recorded_states(store, rows, True).numpy()}
+            "states": lambda rows: recorded_states(store, rows, True)}
     return StartBank.build(store, encode, np.arange(len(store)), **args | changes)
 
 
@@ -245,7 +248,7 @@ def test_measures_of_known_worlds(data):
     store = open_party(data)["apples"]
     ids = {"apples": np.arange(len(store))}
     clip = PartySampler({"apples": store}, ids, 5, 16, 0, permute=False)(0)
-    truth = recorded_states(store, clip["rows"], True)
+    truth = torch.from_numpy(recorded_states(store, clip["rows"], True))
     known, still = (measure_party(Known(truth, right), {"apples": store}, ids, cells=[CELLS],
                                   view=halved, clips=16)["apples"] for right in (True, False))
     names = ("position", "moved", "displacement", "facing", "alive")

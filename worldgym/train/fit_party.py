@@ -11,6 +11,7 @@ import json
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +51,25 @@ class FitPartyConfig:
     ``PartyLossConfig``. ``starts``: start states to keep of each game; ``horizon``: steps of a
     dreamt episode.
     ``snapshot``: write the world as the checkpoints in ``out`` have it into this folder, train
-    nothing; before the last stage such a world has no memory (``window`` 1).
+    nothing; before the last stage such a world has no memory (``window`` 1), before its heads are
+    trained no ends.
     """
 
     data: str
     out: str
     name: str | None = None
     games: tuple[str, ...] = ()
-    codec_iterations: int = 2000
+    codec_iterations: int = 3000
     dynamics_iterations: int = 12000
     outcome_iterations: int = 3000
     video_share: float = 0.02
-    alone_share: float = 0.7
-    batch: int = 32
-    clip: int = 4
+    alone_share: float = 0.3
+    batch: int = 16
+    clip: int = 7
     channels: int = 8
     width: int = 128
     layers: int = 5
-    window: int = 4
+    window: int = 6
     steps: tuple[float, ...] = (1000.0, 850.0, 600.0)
     state_weight: float = 2.0
     position_weight: float = 5.0
@@ -98,7 +100,7 @@ class FitPartyConfig:
                               given=f"holdout {self.holdout}, video {self.video_share}, alone "
                                     f"{self.alone_share}",
                               expected="0 < holdout < 1, 0 <= video_share <= alone_share <= 1",
-                              fix="use 0.05, 0.05 and 0.7")
+                              fix="use 0.05, 0.02 and 0.3")
 
 
 class FitParty(Stages):
@@ -228,8 +230,7 @@ class FitParty(Stages):
         for game, store in self.stores.items():
             latents, weights = self.encode(
                 self.work / "latents" / game, self.latent_tag, store.rows,
-                lambda rows, game=game: self._read(game, rows),
-                lambda game=game: self._median(game))
+                partial(self._read, game), partial(self._median, game))
             self.extra[game] = {"latents": latents, "weights": weights}
 
     def _sampler(self, frames: int, batch: int) -> PartySampler:
@@ -296,10 +297,13 @@ class FitParty(Stages):
                               expected="the folder of a run whose dynamics train",
                               fix="train first: the same command without --snapshot")
         self.normalise(self._any, np.arange(self.ends[-1]))
-        made, old = self.nano, self.nano.cfg
+        now = self.nano.cfg
         if done["dynamics"] <= int(cfg.alone_share * cfg.dynamics_iterations):
-            made = PartyNano(replace(old, dynamics=replace(old.dynamics, window=1)))
-            made.load_state_dict(self.nano.state_dict())
+            now = replace(now, dynamics=replace(now.dynamics, window=1))
+        if not done["outcome"]:  # untrained heads end half of the players in every step
+            now = replace(now, end_scale=0.0)
+        made = PartyNano(now)
+        made.load_state_dict(self.nano.state_dict())
         self._write(folder, made.eval(), done)
         return folder
 
@@ -310,8 +314,7 @@ class FitParty(Stages):
         StartBank.joined([StartBank.build(
             store, made.codec.encode, self.train_ids[game], count, seed=cfg.seed + number,
             context=max(1, made.cfg.dynamics.window - 1), view=self.view, game=number,
-            states=lambda rows, store=store: recorded_states(
-                store, rows, made.cfg.dynamics.subjects.facing).numpy())
+            states=partial(recorded_states, store, facing=made.cfg.dynamics.subjects.facing))
             for number, (game, store) in enumerate(self.stores.items())]).save(
                 folder / "starts.safetensors")
         card: dict[str, Any] = {"task": {"horizon": cfg.horizon},

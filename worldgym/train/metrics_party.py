@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from worldgym.data.party import PartySampler
 from worldgym.data.store import Episodes
@@ -19,13 +18,13 @@ from worldgym.train.metrics import psnr
 Cells = Sequence[tuple[float, float, float, float]]
 
 
-def recorded_states(store: Episodes, rows: np.ndarray, facing: bool) -> Tensor:
+def recorded_states(store: Episodes, rows: np.ndarray, facing: bool) -> np.ndarray:
     """States (*rows.shape, N, S) of the players in these rows; zeros in free slots."""
     where = np.nan_to_num(store.take("info_position", rows), nan=0.0)
     given = [torch.from_numpy(x) for x in (where, store.take("info_orientation", rows),
                                            store.take("info_alive", rows))]
     states = states_of(given[0], given[1], given[2], facing)
-    return torch.where(torch.from_numpy(store.take("info_valid", rows))[..., None], states, 0)
+    return np.where(store.take("info_valid", rows)[..., None], states.numpy(), 0)
 
 
 def cell_of(states: np.ndarray, cells: tuple[float, float, float, float]) -> np.ndarray:
