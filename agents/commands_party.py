@@ -1,9 +1,10 @@
-"""The subcommand that records multi-player games."""
+"""The subcommands that record multi-player games and fit a world to them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,62 @@ class CollectParty:
                                 policies=chosen or _mix(mixture(game)), seed=self.seed,
                                 players=counts, cell_px=self.cell_px,
                                 max_cycles=self.max_cycles), flush=True)
+
+
+@dataclass(kw_only=True)
+class FitParty:
+    """Train one world model on recorded multi-player games; run it again to go on.
+
+    Args:
+        data: folder that ``worldgym collect-party`` wrote.
+        out: world folder to make.
+        name: name of the world.
+        games: names of games; default: all that are in data.
+        codec_iterations: length of the codec's training.
+        dynamics_iterations: length of the dynamics' training.
+        outcome_iterations: length of the training of the reward and end heads.
+        alone_share: share of the dynamics' training on single frames, cheaper than clips.
+        batch: clips per iteration.
+        clip: frames per clip.
+        width: model width.
+        layers: blocks of the network.
+        window: frames the model sees.
+        starts: start states to keep of each game.
+        horizon: steps of a dreamt episode.
+        quick: fifty iterations of each part, to try the machinery.
+        seed: seed of data order, noise and first weights.
+        device: cpu or cuda.
+        snapshot: write the world as trained so far into this folder, and train nothing.
+    """
+
+    data: str
+    out: str
+    name: str | None = None
+    games: tuple[str, ...] | None = None
+    codec_iterations: int | None = None
+    dynamics_iterations: int | None = None
+    outcome_iterations: int | None = None
+    alone_share: float | None = None
+    batch: int | None = None
+    clip: int | None = None
+    width: int | None = None
+    layers: int | None = None
+    window: int | None = None
+    starts: int | None = None
+    horizon: int | None = None
+    quick: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    snapshot: str | None = None
+
+    def run(self) -> None:
+        """Fit."""
+        from worldgym.train.fit_party import FitPartyConfig, fit_party
+
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        folder = fit_party(FitPartyConfig(**{k: v for k, v in given.items() if v is not None}))
+        if not int(os.environ.get("RANK", "0")):
+            print(f"world written to {folder}")
 
 
 def _mix(texts: tuple[str, ...]) -> list[tuple[str, float, Callable[[], Any]]]:
