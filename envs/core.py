@@ -166,22 +166,23 @@ class DreamCore:
 
         Args:
             actions: (B, *shape), or (B, F, *shape) with the per-frame mapping.
-            autoreset: "NextStep", "SameStep" or "Disabled" (Gymnasium's words).
+            autoreset: "NextStep", "SameStep" or "Disabled" (Gymnasium's words), or "Stay": slots
+                whose episode is over stay as they are.
 
         Raises:
-            ResetNeeded: a slot's episode is over and ``autoreset`` is "Disabled".
+            ResetNeeded: a slot's episode is over and ``autoreset`` says nothing of that.
         """
         state = self.ready()
         due_B = state.done_B
-        if due_B.any() and autoreset != "NextStep":
+        if due_B.any() and autoreset not in ("NextStep", "Stay"):
             raise ResetNeeded(
                 "step after the end of an episode", given=f"slots {np.flatnonzero(due_B).tolist()}",
                 expected="a reset of these slots first", fix="call reset()")
         actions_B = self._check_actions(actions, ~due_B)
         if due_B.any():
-            due = np.flatnonzero(due_B)
             batch, state = self._advance(state, actions_B, np.flatnonzero(~due_B))
-            state, _ = self._opening.begin(state, due)
+            if autoreset == "NextStep":
+                state, _ = self._opening.begin(state, np.flatnonzero(due_B))
         else:
             batch, state = self._advance(state, actions_B, None)
         if autoreset == "SameStep" and state.done_B.any():

@@ -35,7 +35,7 @@ from worldgym.envs.party_games import (
     PartyGame,
     game_named,
 )
-from worldgym.envs.party_scene import cells, positions
+from worldgym.envs.party_scene import Scene, cells, positions
 from worldgym.errors import ActionError, ConfigError, MissingDependencyError, ResetNeeded
 
 try:
@@ -313,6 +313,11 @@ class MeltingPotEnv(ParallelEnv):
             raise ResetNeeded("nothing to see yet", given="state()", expected="reset() before",
                               fix="call reset()")
         return self._frame.copy()
+
+    def scene(self) -> Scene:
+        """What scripted players read."""
+        return Scene(self.game, self.state(), self.cells_N2.copy(), self.orientation_N.copy(),
+                     self.alive_N.copy())
 
     def render(self) -> np.ndarray | None:
         """The frame, six times as large, where render_mode is "rgb_array"."""

@@ -157,7 +157,8 @@ class PartyCore(DreamCore):
         at = cells(who.position_BP2, rules)
         last = np.array(rules.cells_hw[::-1]) - 1  # a prediction may lie beyond the map
         at = np.clip(at, 0, last)
-        return [Scene(rules, frames[b], at[b], who.orientation_BP[b], who.alive_BP[b])
+        return [Scene(rules, frames[b], at[b], who.orientation_BP[b], who.alive_BP[b],
+                      who.position_BP2[b])
                 for b in range(self.num_slots)]
 
     def set_horizon(self, steps: int | None) -> None:

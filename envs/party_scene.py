@@ -19,13 +19,15 @@ TOLERANCE = 24  # largest difference of a colour channel at which two colours ar
 @dataclass(frozen=True)
 class Scene:
     """What the players see: ``frame`` (H, W, 3) uint8, ``cells_N2``, ``orientation_N``,
-    ``alive_N``, and the ``roles`` of the game."""
+    ``alive_N``, and the ``roles`` of the game; ``position_N2``: exactly where a dream says that
+    players stand, in [-1, 1] over the frame."""
 
     game: PartyGame
     frame: np.ndarray
     cells_N2: np.ndarray
     orientation_N: np.ndarray
     alive_N: np.ndarray
+    position_N2: np.ndarray | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
