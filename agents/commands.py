@@ -10,7 +10,7 @@ from typing import Any
 
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
-from worldgym.agents.commands_party import CollectParty
+from worldgym.agents.commands_party import CollectParty, Rollout, ScoreParty, TrainParty
 from worldgym.agents.commands_report import Report
 from worldgym.agents.ladder import named
 from worldgym.errors import ConfigError
@@ -360,7 +360,8 @@ class Iterate:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
     "inspect": Inspect, "demo": Demo, "iterate": Iterate, "evaluate": Evaluate,
-    "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
+    "diagnose": Diagnose, "report": Report, "collect-party": CollectParty, "train-party": TrainParty,
+    "score-party": ScoreParty, "rollout": Rollout,
 }
 
 

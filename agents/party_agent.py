@@ -13,7 +13,7 @@ import numpy as np
 from worldgym.agents.model import build_policy, load_weights, read_facts
 from worldgym.agents.party import Player, party_policy
 from worldgym.envs.party_scene import Scene, positions
-from worldgym.envs.party_view import Players, PartyView
+from worldgym.envs.party_view import PartyView, Players
 from worldgym.errors import ConfigError
 
 

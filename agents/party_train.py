@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from worldgym.actions import ActionSpec
-from worldgym.agents.train import Trained, TrainConfig, train
+from worldgym.agents.train import TrainConfig, Trained, train
 from worldgym.envs.party_tasks import PartyTask
 from worldgym.envs.party_view import PartyView
 from worldgym.errors import LicenceError

@@ -18,7 +18,7 @@ from worldgym.envs.opening import ViewConfig
 from worldgym.envs.party_games import ACTIONS, GAMES, NOOP, PartyGame
 from worldgym.envs.party_scene import Scene, cells
 from worldgym.envs.party_tasks import PartyTask
-from worldgym.envs.party_view import Players, PartyView
+from worldgym.envs.party_view import PartyView, Players
 from worldgym.envs.spaces import to_numpy
 from worldgym.envs.state import CoreState
 from worldgym.envs.tasks import Task

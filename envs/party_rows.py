@@ -23,7 +23,7 @@ from worldgym.envs.meltingpot import MeltingPotEnv
 from worldgym.envs.opening import check_seed
 from worldgym.envs.party_core import PartyCore
 from worldgym.envs.party_tasks import PartyTask
-from worldgym.envs.party_view import Players, PartyView
+from worldgym.envs.party_view import PartyView, Players
 from worldgym.envs.screen import Screen
 from worldgym.envs.spaces import push
 from worldgym.errors import ActionError, ConfigError, MissingDependencyError

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from worldgym.envs.party_scene import positions
 from worldgym.envs.party_games import GAMES
+from worldgym.envs.party_scene import positions
 from worldgym.envs.party_tasks import PartyTask
 from worldgym.models import party_nano
 from worldgym.models.codec import CodecConfig
