@@ -360,8 +360,8 @@ class Iterate:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
     "inspect": Inspect, "demo": Demo, "iterate": Iterate, "evaluate": Evaluate,
-    "diagnose": Diagnose, "report": Report, "collect-party": CollectParty, "train-party": TrainParty,
-    "score-party": ScoreParty, "rollout": Rollout,
+    "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
+    "train-party": TrainParty, "score-party": ScoreParty, "rollout": Rollout,
 }
 
 

@@ -67,7 +67,8 @@ class TrainedPlayer(Player):
         """The observation (1, C, S, S) that it was trained on."""
         where = (positions(scene.cells_N2, scene.game) if scene.position_N2 is None
                  else scene.position_N2)[i]
-        me = Players(position_BP2=where[None, None], orientation_BP=scene.orientation_N[None, i:i + 1],
+        me = Players(position_BP2=where[None, None],
+                     orientation_BP=scene.orientation_N[None, i:i + 1],
                      alive_BP=np.ones((1, 1), bool), ended_BP=np.zeros((1, 1), bool))
         stack = np.concatenate(list(self.frames), -1)[None]
         return np.ascontiguousarray(np.moveaxis(self.view.observe(stack, me)[0], -1, -3))

@@ -3,8 +3,8 @@
 Every player of every slot is a row of one VecEnv and all rows share one network. The row of a
 player that is out goes on until its slot's episode is over; what it then holds is nobody's
 experience. ``LiveRollout`` remembers which rows were played at each step and leaves the others out
-of every minibatch: no weight, no gradient, no share in the advantages' mean. Advantages of rows that
-were played are those of an ordinary episode, since a player's end is a ``done`` in its row.
+of every minibatch: no weight, no gradient, no share in the advantages' mean. Advantages of rows
+that were played are those of an ordinary episode, since a player's end is a ``done`` in its row.
 Shapes: R rows, C channels, S crop pixels.
 """
 

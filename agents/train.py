@@ -197,7 +197,8 @@ def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
         elif config.init is not None:
             _begin_with(model, config.init, run)
         model.set_logger(_logger(folder, config, model.num_timesteps))
-        watch = Watch(keeper, book, config, curve, seconds, hooks and hooks.saved)
+        watch = Watch(keeper, book, config, curve, seconds,
+                      None if hooks is None else hooks.saved)
         _write_run(folder, run, watch, model)
         left = config.steps - model.num_timesteps
         if left > 0 and not watch.late():

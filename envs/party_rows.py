@@ -106,7 +106,7 @@ class RealParty:
             self.ended_BP[i] |= finished
             self.stack_B[i] = push(self.stack_B[i][None], game.state()[None], "frame")[0]
         self.count_B[:, 1] += 1
-        over = self.ended_BP.all(1)
+        over = np.asarray(self.ended_BP.all(1))
         made = Batch(obs_B=self.stack_B, reward_B=rewards.sum(1), terminated_B=over,
                      truncated_B=late & ~over, reason_B=np.zeros(b, np.int8),
                      last_frame_B=np.zeros(b, np.int64), length_B=self.count_B[:, 1].copy(),
@@ -150,7 +150,8 @@ class PartyVecEnv(VecEnv):
         self.rival_BP = (seat - first) % p < rivals
         self.slot_R, self.seat_R = np.nonzero(~self.rival_BP)
         self.acted_R = np.zeros(len(self.slot_R), bool)
-        self._first, self._joint = seed, None
+        self._first = seed
+        self._joint: np.ndarray | None = None
         side, _, channels = source.player_space.shape  # type: ignore[misc]
         space = spaces.Box(0, 255, (channels, side, side), np.uint8)
         super().__init__(len(self.slot_R), space, source.player_actions)

@@ -209,7 +209,8 @@ def test_states_and_forks(tmp_path):
     other = make(DEADLY)
     other.load_state(tmp_path / "state.safetensors")
     assert play(other, 10, 4) == future
-    for wrong in (make(DEADLY, "coins"), make(DEADLY, players=3), make(DEADLY, observation="latent")):
+    for wrong in (make(DEADLY, "coins"), make(DEADLY, players=3),
+                  make(DEADLY, observation="latent")):
         with pytest.raises(StateError, match="another env"):
             wrong.set_state(state)
 
