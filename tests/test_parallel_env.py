@@ -135,8 +135,7 @@ def test_max_cycles():
 
 
 def test_supersuit_stacks_and_vectorises():
-    import supersuit
-
+    supersuit = pytest.importorskip("supersuit")
     env = supersuit.frame_stack_v1(make(DEADLY, max_cycles=10), 4)
     parallel_api_test(env, num_cycles=12)
     assert env.observation_space("player_0").shape == (32, 40, 12)
