@@ -106,4 +106,8 @@ def _train(make: Callable[[], Any], config: TrainConfig, folder: str | Path,
             if rivals:
                 self.env.rival.load(checkpoint)
 
-    return train(once, config, folder, facts, Setup())
+    try:
+        return train(once, config, folder, facts, Setup())
+    finally:
+        for unused in waiting:  # refused before it was asked for
+            unused.close()

@@ -69,6 +69,8 @@ class RealParty:
     def reset(self, *, seeds: Sequence[int | None] | None = None, slots: Any = None,
               starts: Any = None) -> None:
         """Begin episodes; seeds are told to the game, which does not keep them."""
+        if seeds is not None and seeds[0] is not None:
+            self.seed = seeds[0]
         for row, b in enumerate(range(self.num_slots) if slots is None else slots):
             self.games[b].reset(seed=None if seeds is None else seeds[row])
             self.stack_B[b] = np.tile(self.games[b].state(), self.seen.frame_stack)

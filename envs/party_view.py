@@ -129,9 +129,9 @@ def crops(frames_BHWK: np.ndarray, slot_R: np.ndarray, position_R2: np.ndarray,
     padded = np.pad(frames_BHWK, ((0, 0), (side, side), (side, side), (0, 0)))
     where = np.clip(np.asarray(position_R2, np.float64), -1, 1)
     first = np.round((where + 1) / 2 * (width, height) - side / 2).astype(np.int64) + side
-    x = (first[:, :1] + np.arange(side))[:, None, :]
-    y = (first[:, 1:] + np.arange(side))[:, :, None]
-    out = padded[slot_R[:, None, None], y, x]
+    out = np.empty((len(slot_R), side, side, frames_BHWK.shape[3]), frames_BHWK.dtype)
+    for row, (slot, (x, y)) in enumerate(zip(slot_R, first, strict=True)):
+        out[row] = padded[slot, y:y + side, x:x + side]
     if orientation_R is not None:
         for turns in (1, 2, 3):  # facing east, the right side comes up: counterclockwise
             rows = orientation_R == turns
