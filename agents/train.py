@@ -180,7 +180,7 @@ def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
     run = {**facts, "config": asdict(config), **_used(config)}
     _same_run(folder, run)
     algorithm = algorithm_class(config.algorithm)
-    env = make_env()
+    env, logger = make_env(), None
     try:
         book = Bookkeeper(env, config.hyperparameters.get("gamma", 0.99), config.scale_rewards)
         model = _model(algorithm, book, config, {} if hooks is None else hooks.options)
@@ -196,7 +196,8 @@ def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
                 hooks.saved(latest)
         elif config.init is not None:
             _begin_with(model, config.init, run)
-        model.set_logger(_logger(folder, config, model.num_timesteps))
+        logger = _logger(folder, config, model.num_timesteps)
+        model.set_logger(logger)
         watch = Watch(keeper, book, config, curve, seconds,
                       None if hooks is None else hooks.saved)
         _write_run(folder, run, watch, model)
@@ -210,6 +211,8 @@ def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
         return Trained(agent, [p / "agent.zip" for p in keeper.all() if p <= last], watch.curve,
                        model.num_timesteps, watch.seconds)
     finally:
+        if logger is not None:
+            logger.close()
         env.close()
 
 

@@ -1,5 +1,6 @@
 """The multi-agent face: PettingZoo's own tests, SuperSuit, seeds, states, ends, refusals."""
 
+import gc
 import pickle
 import warnings
 from functools import partial
@@ -60,6 +61,7 @@ def play(env, steps, first=0):
 
 @pytest.fixture(autouse=True)
 def strict():
+    gc.collect()  # what other tests left open is not counted here
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
