@@ -107,7 +107,7 @@ LADDERS = {
     "ladder-free-outside": "the same: policies that did not learn in a dream"}
 PAIRED = {
     "ladder": "from recorded moments, 60 steps, ends counted by their chance",
-    "ladder-drawn": "the same with ends drawn", "ladder-lives": "whole lives"}
+    "ladder-pairing": "there pairing alone", "ladder-lives": "pairing alone, whole lives"}
 AGREEMENT = {"pearson_r": "Pearson's r", "kendall_tau": "Kendall's tau", "mmrv": "MMRV (tics)",
              "optimism": "optimism (tics)"}
 
