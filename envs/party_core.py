@@ -54,21 +54,26 @@ class GameStarts:
 
 
 @functools.lru_cache(maxsize=8)
-def _facts(bank: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Game number and number of players of every start of a bank."""
-    games, players = [], []
+def _facts(bank: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every start of a bank: game number, number of players, whether all are on the map."""
+    games, players, whole = [], [], []
     for first in range(0, len(bank), BLOCK):
         some = bank.gather(np.arange(first, min(first + BLOCK, len(bank))))
-        valid = to_numpy(some.valid_BN)
+        valid, states = to_numpy(some.valid_BN), to_numpy(some.subjects_BKNS)[:, -1]
         games.append(np.zeros(len(valid), np.int64) if some.game_B is None
                      else to_numpy(some.game_B))
         players.append(valid.sum(1))
-    return np.concatenate(games), np.concatenate(players)
+        out = valid & (states[..., 6] <= 0) if states.shape[-1] > 2 else np.zeros_like(valid)
+        whole.append(~out.any(1))
+    return np.concatenate(games), np.concatenate(players), np.concatenate(whole)
 
 
 def choose(task: PartyTask, game: str | None, players: int | None,
            beginnings: bool = False) -> tuple[str, int, GameStarts]:
     """The game's name, number of players, and the starts that fit.
+
+    Where a player taken out stays out, starts in which one already is are left out: it would be
+    neither playing nor ended.
 
     Args:
         game: a name, None: the task's first. players: None: the most its starts have.
@@ -81,8 +86,10 @@ def choose(task: PartyTask, game: str | None, players: int | None,
     if game not in task.games:
         raise ConfigError("unknown game", given=repr(game), expected=f"one of {task.games}",
                           fix="check the spelling, or load a world that knows it")
-    game_N, players_N = _facts(task.starts)
+    game_N, players_N, whole_N = _facts(task.starts)
     mine = game_N == task.games.index(game)
+    if game in GAMES and GAMES[game].removed_for_good:
+        mine &= whole_N
     counts = sorted({int(n) for n in players_N[mine]})
     if not counts:
         raise ConfigError("no start of this game", given=game, expected="a bank with some",

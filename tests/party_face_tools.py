@@ -36,6 +36,7 @@ class Bank:
         if world.sub.facing:
             states[..., 2:6] = 2 * np.eye(4)[rng.integers(0, 4, (*shape, n))] - 1
             states[..., 6] = 1
+            states[each * len(kinds) - 1, -1, :, 6] = -1  # the last start: everybody is out
         self.starts = Starts(
             torch.from_numpy(rng.standard_normal((*shape, *world.spec.latent_chw))).float(),
             rng.integers(0, 8, (*shape, n)), np.arange(frames)[None].repeat(total, 0) == 0,

@@ -254,6 +254,7 @@ def test_what_the_dead_do_is_not_read():
 def test_starts_of_a_game():
     env = make(game="coins")
     assert env.players == 2 and make().players == 5 and make(players=3).players == 3
+    assert len(choose(STEADY, "predator_prey", 5)[2]) == 5  # in the sixth, players are out for good
     _, _, bank = choose(STEADY, "predator_prey", 3)
     assert len(bank) == 6 and len(choose(STEADY, "predator_prey", 3, beginnings=True)[2]) == 3
     env.reset(seed=0, options={"start": 1})
