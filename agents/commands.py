@@ -11,7 +11,13 @@ from typing import Any
 from worldgym.agents.commands_clip import Clip
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
-from worldgym.agents.commands_party import CollectParty, FitParty
+from worldgym.agents.commands_party import (
+    CollectParty,
+    FitParty,
+    Rollout,
+    ScoreParty,
+    TrainParty,
+)
 from worldgym.agents.commands_report import Report
 from worldgym.agents.commands_wham import Convert
 from worldgym.agents.ladder import named
@@ -363,7 +369,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
     "inspect": Inspect, "convert": Convert, "demo": Demo, "iterate": Iterate,
     "evaluate": Evaluate, "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
-    "fit-party": FitParty, "clip": Clip,
+    "fit-party": FitParty, "train-party": TrainParty, "score-party": ScoreParty,
+    "rollout": Rollout, "clip": Clip,
 }
 
 
