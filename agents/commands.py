@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from worldgym.agents.commands_binding import Binding, LearnTiles
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
 from worldgym.agents.commands_party import CollectParty
@@ -361,6 +362,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
     "inspect": Inspect, "demo": Demo, "iterate": Iterate, "evaluate": Evaluate,
     "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
+    "binding": Binding, "tiles": LearnTiles,
 }
 
 

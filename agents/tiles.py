@@ -57,7 +57,8 @@ class TilesConfig:
                                              self.width) < 1:
             raise ConfigError("impossible judges", given=f"cells of {self.cell_px} px, "
                               f"{self.frames} frames, {self.iterations} iterations",
-                              expected="cells of 4 or 8 px, positive numbers", fix="leave the numbers out")
+                              expected="cells of 4 or 8 px, positive numbers",
+                              fix="leave the numbers out")
 
 
 class GameTiles(nn.Module):
@@ -332,3 +333,8 @@ def validate(tiles: Tiles, stores: Mapping[str, Episodes], ids: Mapping[str, np.
         scores["usable"] = float(min(scores["presence"], scores["facing"]) >= UNUSABLE)
         found[game] = {k: round(v, 4) for k, v in scores.items()}
     return found
+
+
+def shipped(cell_px: int) -> Path:
+    """Where the judges that come with the package are, for this size of cells."""
+    return Path(__file__).parent / "pretrained" / f"party_tiles_{cell_px}px.safetensors"
