@@ -96,7 +96,7 @@ def recorded(clips: Clips) -> Rolled:
 def copied(clips: Clips) -> Rolled:
     """Nothing moves: frame 0 again and again."""
     def still(x: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(x[:, :1], x.shape)
+        return np.repeat(x[:, :1], x.shape[1], 1)
 
     return Rolled(still(clips.frames_BFHWC), still(clips.positions_BFN2), still(clips.facing_BFN),
                   still(clips.alive_BFN))
@@ -205,11 +205,13 @@ def _effects(tiles: Tiles, game: str, frames_BFHWC: np.ndarray, cells_BFN2: np.n
     if not tiles.of(game).acts:
         return None
     b, f, n = facing_BFN.shape
+    size = frames_BFHWC.shape[2:]
+    before, after = (np.ascontiguousarray(frames_BFHWC[:, part]).reshape(-1, *size)
+                     for part in (slice(0, -1), slice(1, None)))
     effect = np.zeros((b, f, n), bool)
-    for step in range(1, f):
-        effect[:, step] = tiles.interacted(
-            game, frames_BFHWC[:, step - 1], frames_BFHWC[:, step], cells_BFN2[:, step - 1],
-            facing_BFN[:, step - 1])
+    effect[:, 1:] = tiles.interacted(
+        game, before, after, cells_BFN2[:, :-1].reshape(-1, n, 2),
+        facing_BFN[:, :-1].reshape(-1, n)).reshape(b, f - 1, n)
     return effect
 
 

@@ -117,10 +117,11 @@ def around(tiles_BRCPPc: Tensor, cells_BN2: Tensor, facing_BN: Tensor) -> Tensor
     rows, x, y = torch.arange(len(padded))[:, None], cells_BN2[..., 0], cells_BN2[..., 1]
     near = torch.stack([torch.stack([padded[rows, y + dy, x + dx] for dx in range(3)], 2)
                         for dy in range(3)], 2)  # B N 3 3 P P c
-    picture = near.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # B N 3P 3P c
-    turned = torch.stack([torch.rot90(picture, k, (2, 3)) for k in range(4)], 2)
-    index = facing_BN[:, :, None, None, None, None].expand(-1, -1, 1, *picture.shape[2:])
-    return turned.gather(2, index)[:, :, 0].flatten(2)
+    pixels = near.transpose(3, 4).flatten(2, 5)  # rows of 3 P pixels each
+    side = 3 * near.shape[4]
+    number = torch.arange(side * side).view(side, side)
+    turned = torch.stack([number.rot90(k).flatten() for k in range(4)])[facing_BN]
+    return pixels.gather(2, turned[..., None].expand_as(pixels)).flatten(2)
 
 
 class Tiles:
@@ -161,19 +162,20 @@ class Tiles:
              refs_BND: Tensor | None = None) -> np.ndarray:
         """Chance (B, N, R, C) that a cell shows a player where that is the likeliest, else 0."""
         judge, tiles = self.of(game), self._cut(frames_BHWC).flatten(3)
-        valid = torch.as_tensor(valid_BN)
-        out = np.zeros((*valid.shape, *CELLS_HW), np.float32)
+        out = np.zeros((*np.shape(valid_BN), *CELLS_HW), np.float32)
+        most = len(np.trim_zeros(np.asarray(valid_BN).any(0), "b")) if judge.match else SLOTS
+        valid = torch.as_tensor(valid_BN)[:, :most]
         cells = CELLS_HW[0] * CELLS_HW[1]
         for i in range(0, len(tiles), 64):
             part = slice(i, i + 64)
             refs = None
             if judge.match and refs_BND is not None:
-                refs = refs_BND[part].repeat_interleave(cells, 0)
+                refs = refs_BND[part, :most].repeat_interleave(cells, 0)
             logits = judge.presence(tiles[part].flatten(0, 2),
                                     valid[part].repeat_interleave(cells, 0), refs)
             best = F.one_hot(logits.argmax(1), logits.shape[1]) * logits.softmax(1)
             maps = best[:, 1:].unflatten(0, (-1, *CELLS_HW)).permute(0, 3, 1, 2)
-            out[part] = maps.numpy()
+            out[part, :most] = maps.numpy()
         return out
 
     @torch.no_grad()
@@ -297,7 +299,7 @@ def _rough(frames_BHWC: Tensor, cfg: TilesConfig, generator: torch.Generator) ->
 
 
 def validate(tiles: Tiles, stores: Mapping[str, Episodes], ids: Mapping[str, np.ndarray],
-             frames: int = 1500) -> dict[str, dict[str, float]]:
+             frames: int = 1000) -> dict[str, dict[str, float]]:
     """How often the judges are right on real frames of these episodes, per game.
 
     ``presence``: share of players on the map found in their cell and there only; ``missed``: shown

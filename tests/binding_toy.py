@@ -84,7 +84,7 @@ def record(folder, players=3, episodes=8, steps=40, redraw=False, interact=7, se
     last = np.arange(steps + 1) == steps
     store.append([{
         "frames": frames[i], "actions": pad(actions, -1, np.int16)[i],
-        "rewards": np.zeros((steps + 1, SLOTS), np.float32), "terminated": np.zeros(steps + 1, bool),
+        "rewards": np.zeros((steps + 1, SLOTS), np.float32), "terminated": last & False,
         "truncated": last, "info_position": places[i], "info_alive": there[i],
         "info_orientation": pad(facing, -1, np.int8)[i], "info_valid": there[i],
         "info_ended": np.zeros((steps + 1, SLOTS), bool), "seed": None, "policy": "random"}
