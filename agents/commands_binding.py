@@ -25,7 +25,7 @@ class LearnTiles:
     data: Path
     out: Path
     cell_px: int = 4
-    iterations: int = 800
+    iterations: int = 1200
     seed: int = 0
 
     def run(self) -> None:
@@ -151,7 +151,7 @@ def _judges(path: Path | None, cell_px: int, stores: Any, out: Path, config: Any
 
 def _learn(stores: Any, cfg: Any, out: Path) -> Any:
     from worldgym.agents.compare import aligned
-    from worldgym.agents.tiles import learn_tiles
+    from worldgym.agents.tiles_learn import learn_tiles
     from worldgym.data.party import split_party
 
     tiles = learn_tiles(stores, *split_party(stores), cfg, progress=True)

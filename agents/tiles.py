@@ -19,18 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from worldgym import checkpoint
-from worldgym.agents.results import about
-from worldgym.agents.tiles_data import Pairs, draw_pairs
-from worldgym.data.store import Episodes
-from worldgym.envs.party_games import CELLS_HW, INTERACT, NOOP, SLOTS
+from worldgym.envs.party_games import CELLS_HW, SLOTS
 from worldgym.errors import CheckpointError, ConfigError
 
 KIND = "worldgym.tiles"
-EMPTY = 0.2  # share of the cells without a player that a training step looks at
-UNUSABLE = 0.95  # a judge that is right less often than this on real frames is told so
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,18 +32,18 @@ class TilesConfig:
     """How judges are learned.
 
     ``cell_px``: pixels of a cell, 8 (frames as recorded) or 4 (half the size); ``frames``: real
-    frames of every game; ``width``: of the hidden layers; ``noise``: largest standard deviation of
-    the noise on training frames, of colours in [0, 1]; ``blur``: largest share of the
-    four neighbours' mean.
+    frames of every game; ``batch``: cells, and players' steps, of an iteration; ``width``: of the
+    hidden layers; ``noise``: largest standard deviation of the noise on training tiles, of colours
+    in [0, 1]; ``blur``: largest share of the four neighbours' mean.
     """
 
     cell_px: int = 4
-    frames: int = 4000
-    iterations: int = 500
-    batch: int = 32
+    frames: int = 3000
+    iterations: int = 1200
+    batch: int = 256
     width: int = 64
     rate: float = 3e-3
-    noise: float = 0.06
+    noise: float = 0.04
     blur: float = 0.4
     seed: int = 0
 
@@ -216,130 +210,6 @@ class Tiles:
                                    if name.startswith(f"{game}.")})
             games[game] = judge.eval().requires_grad_(False)
         return cls(games, cfg, header["card"])
-
-
-def learn_tiles(stores: Mapping[str, Episodes], train: Mapping[str, np.ndarray],
-                held_out: Mapping[str, np.ndarray], cfg: TilesConfig | None = None,
-                progress: bool = False) -> Tiles:
-    """Learn the judges of every game from ``train`` episodes and try them on ``held_out`` ones.
-
-    The card holds, per game, what ``validate`` found on held-out real frames.
-    """
-    cfg = cfg or TilesConfig()
-    games = {}
-    with tqdm(total=len(stores) * cfg.iterations, unit=" it", disable=not progress) as bar:
-        for number, (game, store) in enumerate(stores.items()):
-            bar.set_description(game)
-            rng = np.random.default_rng([cfg.seed, number])
-            pairs = draw_pairs(store, train[game], cfg.frames, rng, cfg.cell_px)
-            recipe = store.env.get("recipe", {})
-            judge = GameTiles(cfg.cell_px, cfg.width, bool(recipe.get("redraw", False)),
-                              recipe.get("interact", INTERACT) != NOOP)
-            games[game] = _learn(judge, pairs, cfg, rng, bar)
-    tiles = Tiles(games, cfg, {})
-    tiles.card.update(about(), real_frames=validate(tiles, stores, held_out),
-                      held_out={game: len(ids) for game, ids in held_out.items()})
-    return tiles
-
-
-def _learn(judge: GameTiles, pairs: Pairs, cfg: TilesConfig, rng: np.random.Generator,
-           bar: Any) -> GameTiles:
-    """Fit the three networks of one game."""
-    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    for p in judge.parameters():
-        (nn.init.xavier_uniform_(p, generator=generator) if p.ndim > 1 else nn.init.zeros_(p))
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=cfg.rate, weight_decay=1e-4)
-    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.rate, cfg.iterations + 1)
-    for _ in range(cfg.iterations):
-        pick = rng.integers(len(pairs), size=cfg.batch)
-        loss = _loss(judge, pairs.rows(pick), pairs.rows(pairs.mates(pick, rng)), cfg, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        decay.step()
-        bar.update(1)
-    return judge.eval().requires_grad_(False)
-
-
-def _loss(judge: GameTiles, batch: Pairs, mates: Pairs, cfg: TilesConfig,
-          generator: torch.Generator) -> Tensor:
-    before, after = (tiles_of(_rough(as_float(f), cfg, generator))
-                     for f in (batch.before_BHWC, batch.after_BHWC))
-    where = [torch.as_tensor(x) for x in (batch.cells_BFN2, batch.facing_BFN, batch.alive_BFN)]
-    cells, facing, alive = where
-    target = torch.zeros(len(alive), *CELLS_HW, dtype=torch.long)
-    row, slot = alive[:, 1].nonzero(as_tuple=True)
-    target[row, cells[row, 1, slot, 1], cells[row, 1, slot, 0]] = slot + 1
-    # all players, and some of the many cells that show nobody, each for as many as were left out
-    some = (target > 0) | (torch.rand(target.shape, generator=generator) < EMPTY)
-    frame = some.nonzero()[:, 0]
-    refs, known = None, torch.as_tensor(batch.valid_BN)
-    if judge.match:  # slots that nobody has cost as much as taken ones
-        known = known[:, :int(known.any(0).nonzero().max()) + 1]
-        there = torch.as_tensor(mates.cells_BFN2[:, 1, :known.shape[1]])
-        refs = at_cells(tiles_of(as_float(mates.after_BHWC)), there)[frame]
-    logits = judge.presence(after[some].flatten(1), known[frame], refs)
-    weight = torch.ones(logits.shape[1])
-    weight[0] = 1 / EMPTY
-    loss = F.cross_entropy(logits, target[some], weight)
-    loss = loss + F.cross_entropy(judge.facing(at_cells(after, cells[:, 1])[alive[:, 1]]),
-                                  facing[:, 1][alive[:, 1]])
-    if not judge.acts:
-        return loss
-    acts = alive[:, 0] & (torch.as_tensor(batch.actions_BN) >= 0)
-    did = (torch.as_tensor(batch.actions_BN) == INTERACT)[acts].float()
-    pair = torch.cat([around(f, cells[:, 0], facing[:, 0])[acts] for f in (before, after)], -1)
-    return loss + F.binary_cross_entropy_with_logits(judge.interact(pair)[:, 0], did)
-
-
-def _rough(frames_BHWC: Tensor, cfg: TilesConfig, generator: torch.Generator) -> Tensor:
-    """Frames with a random amount of blur and noise each, so that judges stand imperfect ones."""
-    shape = (len(frames_BHWC), 1, 1, 1)
-    share = (torch.rand(shape, generator=generator) * 2 - 1).clamp(0) * cfg.blur
-    near = sum(frames_BHWC.roll(by, axis) for by in (1, -1) for axis in (1, 2)) / 4
-    x = frames_BHWC + share * (near - frames_BHWC)
-    scale = torch.rand(shape, generator=generator) * cfg.noise * 2
-    x = x + scale * torch.randn(x.shape, generator=generator)
-    return x + (torch.rand(shape, generator=generator) - 0.5) * cfg.noise
-
-
-def validate(tiles: Tiles, stores: Mapping[str, Episodes], ids: Mapping[str, np.ndarray],
-             frames: int = 1000) -> dict[str, dict[str, float]]:
-    """How often the judges are right on real frames of these episodes, per game.
-
-    ``presence``: share of players on the map found in their cell and there only; ``missed``: shown
-    in no cell; ``strays``: tiles of players where there are none, per frame; ``facing``;
-    ``interact_seen``: share of interact actions with a visible effect; ``interact_false``: of other
-    actions taken for one; ``usable``: presence and facing are right at least 95 times in 100.
-    """
-    found = {}
-    for number, (game, store) in enumerate(stores.items()):
-        judge = tiles.of(game)
-        pairs = draw_pairs(store, ids[game], frames, np.random.default_rng([1, number]),
-                           tiles.cfg.cell_px)
-        mates = pairs.rows(pairs.mates(np.arange(len(pairs)), np.random.default_rng(2)))
-        refs = tiles.references(mates.after_BHWC, mates.cells_BFN2[:, 1])
-        seen = tiles.find(game, pairs.after_BHWC, pairs.valid_BN, refs) > 0
-        cells, alive = pairs.cells_BFN2[:, 1], pairs.alive_BFN[:, 1]
-        b, n = np.nonzero(alive)
-        right = seen[b, n, cells[b, n, 1], cells[b, n, 0]]
-        count = seen.sum((2, 3))
-        facing = tiles.facing(game, pairs.after_BHWC, cells)
-        did = tiles.interacted(game, pairs.before_BHWC, pairs.after_BHWC, pairs.cells_BFN2[:, 0],
-                               pairs.facing_BFN[:, 0])
-        acts = pairs.alive_BFN[:, 0] & (pairs.actions_BN >= 0)
-        one, other = acts & (pairs.actions_BN == INTERACT), acts & (pairs.actions_BN != INTERACT)
-        scores = {
-            "presence": float((right & (count[b, n] == 1)).mean()),
-            "missed": float((count[b, n] == 0).mean()),
-            "strays": float((seen.sum() - right.sum()) / len(seen)),
-            "facing": float((facing == pairs.facing_BFN[:, 1])[alive].mean())}
-        if judge.acts and one.any():
-            scores |= {"interact_seen": float(did[one].mean()),
-                       "interact_false": float(did[other].mean())}
-        scores["usable"] = float(min(scores["presence"], scores["facing"]) >= UNUSABLE)
-        found[game] = {k: round(v, 4) for k, v in scores.items()}
-    return found
 
 
 def shipped(cell_px: int) -> Path:

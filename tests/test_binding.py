@@ -16,15 +16,16 @@ from worldgym import checkpoint  # noqa: E402
 from worldgym.agents import binding, binding_rows  # noqa: E402
 from worldgym.agents.binding import Dream, choose_clips, copied, measure, recorded  # noqa: E402
 from worldgym.agents.cli import main  # noqa: E402
-from worldgym.agents.tiles import Tiles, TilesConfig, learn_tiles  # noqa: E402
+from worldgym.agents.tiles import Tiles, TilesConfig  # noqa: E402
 from worldgym.agents.tiles_data import cells_of, draw_pairs  # noqa: E402
+from worldgym.agents.tiles_learn import learn_tiles  # noqa: E402
 from worldgym.data.party import open_party, split_party  # noqa: E402
 from worldgym.errors import CheckpointError, ConfigError, DatasetError  # noqa: E402
 from worldgym.models import party_nano  # noqa: E402
 from worldgym.models.codec import CodecConfig  # noqa: E402
 from worldgym.models.party import nano_config  # noqa: E402
 
-CFG = TilesConfig(frames=300, iterations=250, batch=12, width=32, rate=8e-3)
+CFG = TilesConfig(frames=300, iterations=400, batch=96, width=32, rate=8e-3)
 STEPS = (4, 12)
 
 
