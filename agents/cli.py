@@ -28,12 +28,15 @@ def parse(argv: Sequence[str] | None = None) -> object:
                            fix="pip install 'worldgym[rl]'") from error
     from worldgym.agents import commands
 
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["inspect"] and len(args) == 2 and not args[1].startswith("-"):
+        args.insert(1, "--path")  # `worldgym inspect FOLDER`
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.subcommand_cli_from_dict(
                 commands.COMMANDS, prog="worldgym", description=commands.DESCRIPTION,
-                args=list(sys.argv[1:] if argv is None else argv))
+                args=args)
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from worldgym.agents.commands_binding import Binding, LearnTiles
+from worldgym.agents.commands_clip import Clip
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
 from worldgym.agents.commands_party import CollectParty
 from worldgym.agents.commands_report import Report
+from worldgym.agents.commands_wham import Convert
 from worldgym.agents.ladder import named
 from worldgym.errors import ConfigError
 
@@ -360,9 +362,9 @@ class Iterate:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
-    "inspect": Inspect, "demo": Demo, "iterate": Iterate, "evaluate": Evaluate,
-    "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
-    "binding": Binding, "tiles": LearnTiles,
+    "inspect": Inspect, "convert": Convert, "demo": Demo, "iterate": Iterate,
+    "evaluate": Evaluate, "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
+    "clip": Clip, "binding": Binding, "tiles": LearnTiles,
 }
 
 

@@ -25,7 +25,10 @@ def describe(path: str | Path) -> str:
     if path.suffix == ".json":
         return _json(path)
     from worldgym import checkpoint
+    from worldgym.models import wham_checkpoint
 
+    if wham_checkpoint.is_wham(path):
+        return _lines(f"checkpoint {path}", wham_checkpoint.describe(path))
     return _lines(f"checkpoint {path}", checkpoint.describe(path))
 
 
@@ -42,9 +45,24 @@ def _folder(path: Path) -> str:
 
         data = Episodes.open(path)
         return _lines(f"recordings {path}", {"episodes": len(data), "steps": data.steps})
-    raise CheckpointError("nothing that worldgym wrote", given=path,
-                          expected="a world, a training or a data set",
-                          fix="give the folder that holds world.json, run.json or index.json")
+    from worldgym.models import scope_files
+
+    scope = scope_files.find(path)
+    if scope is not None:
+        return _lines(f"SCOPE, the published FPS world model, in {path}", _flat(scope.facts()))
+    raise CheckpointError("nothing that worldgym wrote or knows", given=path,
+                          expected="a world, a training, a data set or published weights",
+                          fix="give the folder that holds world.json, run.json, index.json or "
+                          "model.safetensors.index.json")
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of facts on lines of their own."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        flat |= {f"{key} {name}".strip().replace("_", " "): v for name, v in inner}
+    return flat
 
 
 def _read(path: Path) -> dict[str, Any]:

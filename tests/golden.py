@@ -32,7 +32,8 @@ from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-TABLES = ("golden_wan",)  # modules beside this file, each with a dict KINDS
+# modules beside this file, each with a dict KINDS
+TABLES = ("golden_wan", "golden_scope", "golden_scope_dit", "golden_wham")
 DEFAULT_ATOL = 1e-4
 
 
@@ -156,12 +157,16 @@ def _meta(path: Path) -> dict[str, Any]:
 def stems(folder: Path) -> list[Path]:
     """Paths without suffix of all pairs below a folder, half pairs included.
 
-    A tensor file without JSON that another JSON of its folder names holds weights only: no pair.
+    A tensor file without JSON that another JSON of its folder names, or NAME_weights beside
+    NAME_io.json, holds weights only: no pair.
     """
     jsons = [p for p in folder.rglob("*.json") if not p.name.endswith(".index.json")]
     found = {p.with_suffix("") for p in jsons}
     for path in folder.rglob("*.safetensors"):
         beside = [p for p in jsons if p.parent == path.parent]
+        owner = re.sub(r"_weights$", "_io", path.stem)
+        if owner != path.stem and path.with_name(owner + ".json") in beside:
+            continue
         if not any(path.name in p.read_text(errors="replace") for p in beside):
             found.add(path.with_suffix(""))
     return sorted(found)

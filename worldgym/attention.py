@@ -33,16 +33,19 @@ def flash_function():
     return None
 
 
-def attention(q_BQND: Tensor, k_BKND: Tensor, v_BKND: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q_BQND: Tensor, k_BKND: Tensor, v_BKND: Tensor, mask: Tensor | None = None,
+              causal: bool = False) -> Tensor:
     """Softmax attention, scale 1/sqrt(D); returns (B, Q, N, D).
 
     ``mask``: bool, True = may attend, broadcastable to (B, N, Q, K). A mask always goes through
-    SDPA; flash-attn serves unmasked half-precision CUDA tensors.
+    SDPA; flash-attn serves unmasked half-precision CUDA tensors. ``causal``: token q sees the
+    tokens up to itself (Q = K).
     """
     if mask is None and q_BQND.is_cuda and q_BQND.dtype in (torch.float16, torch.bfloat16):
         flash = flash_function()
         if flash is not None and q_BQND.shape[-1] % 8 == 0:
-            out = flash(q_BQND, k_BKND, v_BKND)
+            out = flash(q_BQND, k_BKND, v_BKND, causal=causal)
             return out[0] if isinstance(out, tuple) else out
-    q, k, v = (x.transpose(1, 2) for x in (q_BQND, k_BKND, v_BKND))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    q, k, v = q_BQND.transpose(1, 2), k_BKND.transpose(1, 2), v_BKND.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return out.transpose(1, 2)

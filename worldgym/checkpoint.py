@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from worldgym.errors import CheckpointError, ConfigError, DTypeError, NotFiniteError
-from worldgym.weightfile import META_KEY, Entry, WeightFile, open_weights
+from worldgym.weightfile import META_KEY, Entry, Mapped, WeightFile, as_file, open_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 # What FSDP, activation checkpointing and torch.compile put into names, anywhere.
@@ -36,11 +36,12 @@ WRAPPER_PREFIXES = ("model.", "module.")
 
 def load_into(
     module: Module,
-    source: str | Path | Mapping[str, Tensor],
+    source: str | Path | WeightFile | Mapping[str, Tensor],
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     part: str | None = None,
+    rename: Callable[[str], str] | None = None,
     check_finite: bool = True,
     safe_globals: Sequence[Any] = (),
 ) -> Module:
@@ -51,14 +52,16 @@ def load_into(
 
     Args:
         module: target; may be on the meta device.
-        source: path (see :func:`worldgym.weightfile.open_weights`) or a state dict.
+        source: path (see :func:`worldgym.weightfile.open_weights`), opened file or a state dict.
         device: where the tensors go; default: where the module is (meta: the CPU).
         dtype: precision of floating tensors; default: the module's own.
         part: entry of a training checkpoint, e.g. "generator"; default: generator_ema first.
+        rename: the module's name of a tensor of the file (wrapper names are off already).
         check_finite: refuse NaN and inf.
         safe_globals: see :func:`worldgym.weightfile.open_weights`.
     """
     target = module.state_dict()
+    maps: tuple[Mapped, ...] = ()
     _refuse_unsaved_meta(module, target)
     if isinstance(source, Mapping):
         odd = [f"{k}: {type(v).__name__}" for k, v in source.items() if not isinstance(v, Tensor)]
@@ -72,12 +75,17 @@ def load_into(
         entries: Mapping[str, Entry] = {k: Entry.of(t) for k, t in source.items()}
         label = "the given state dict"
     else:
-        file = open_weights(source, part=part, safe_globals=safe_globals)
-        entries, label = file.entries, str(file.path)
+        file = as_file(source, part=part, safe_globals=safe_globals)
+        entries, label, maps = file.entries, str(file.path), file.maps
+    if rename is not None:
+        named = {n: rename(plain) for n, plain in plain_names(list(entries)).items()}
+        _refuse_twins(named, label)
+        entries = {name: entries[n] for n, name in named.items()}
     entries = _named_like(entries, target, label)
     _check_fit(entries, target, label)
 
     fresh: dict[str, Tensor] = {}
+    copied, total = 0, sum(torch.Size(e.shape).numel() for e in entries.values())
     for name, want in target.items():
         to_dtype = dtype if dtype is not None and want.is_floating_point() else want.dtype
         to_device = device if device is not None else ("cpu" if want.is_meta else want.device)
@@ -85,6 +93,13 @@ def load_into(
         fresh[name] = raw.to(device=to_device, dtype=to_dtype)
         if check_finite:
             _check_finite(name, raw, fresh[name], label)
+        if fresh[name] is not raw:
+            copied += raw.numel()
+            if copied > total / 32:  # what was read is in memory twice until it is let go
+                copied = 0
+                del raw
+                _forget(maps)
+    _forget(maps)  # tensors used as they are keep their own
     same_place = all(
         fresh[n].device == t.device and fresh[n].dtype == t.dtype for n, t in target.items()
     )
@@ -94,6 +109,11 @@ def load_into(
     if device is not None:
         module.to(device)  # buffers that no checkpoint holds
     return module
+
+
+def _forget(maps: Sequence[Mapped]) -> None:
+    for mapped in maps:
+        mapped.forget()
 
 
 def _own(tensor: Tensor, borrowed: bool) -> Tensor:
@@ -136,17 +156,21 @@ def _named_like(
         return entries
     pieces_off = {name: plain_name(name) for name in entries}
     for names in (pieces_off, plain_names(list(entries))):
-        if len(set(names.values())) < len(names):
-            twice = [n for n, c in Counter(names.values()).items() if c > 1]
-            raise CheckpointError(
-                "two tensors have the same name once wrapper names are off",
-                given=f"{label}: {twice[:3]}",
-                expected="each tensor once",
-                fix="save the unwrapped module's state dict",
-            )
+        _refuse_twins(names, label)
         if set(names.values()) & set(target):
             return {plain: entries[name] for name, plain in names.items()}
     return entries
+
+
+def _refuse_twins(names: Mapping[str, str], label: str) -> None:
+    twice = [n for n, c in Counter(names.values()).items() if c > 1]
+    if twice:
+        raise CheckpointError(
+            "two tensors have the same name once wrapper names are off",
+            given=f"{label}: {twice[:3]}",
+            expected="each tensor once",
+            fix="save the unwrapped module's state dict",
+        )
 
 
 def _check_fit(entries: Mapping[str, Entry], target: Mapping[str, Tensor], label: str) -> None:
@@ -205,10 +229,15 @@ def _some(items: Sequence[str], most: int = 4) -> str:
     return ", ".join(items[:most]) + more
 
 
+def _all_finite(tensor: Tensor) -> bool:
+    """In pieces: the test needs room of its own, and the largest tensors are gigabytes."""
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(1 << 20))
+
+
 def _check_finite(name: str, raw: Tensor, new: Tensor, label: str) -> None:
-    if not new.is_floating_point() or bool(torch.isfinite(new).all()):
+    if not new.is_floating_point() or _all_finite(new):
         return
-    if bool(torch.isfinite(raw).all()):
+    if _all_finite(raw):
         raise CheckpointError(
             f"tensor {name} overflows in the target dtype",
             given=f"{label}: largest value {float(raw.abs().max()):.3g} as {_short(new.dtype)}",

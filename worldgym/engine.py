@@ -73,6 +73,8 @@ class World:
         max_pages: page budget of the pool.
     """
 
+    latent_dtype = torch.float32  # of what a codec makes; ids where latents are tokens
+
     def __init__(self, spec: WorldSpec, codec: Codec, dynamics: Dynamics, outcome: Any,
                  policy: SinkWindow, schedule: FewStep | UniPC, *, temperature: float = 1.0,
                  context_noise: float = 0.0, fingerprint: str = "",
@@ -141,14 +143,7 @@ class World:
                                            "episodes"),
                     "step_B": np.zeros(b, np.int64), "branch_B": np.zeros(b, np.int64),
                     "index_B": length_B - 1, "lengths_B": np.minimum(length_B, self.history)}
-        tables = self.stepper.empty(b)
-        if k > 1:
-            index = np.arange(k - 1)[None] - (k - length_B)[:, None]
-            index = np.where(index >= 0, index, -1)
-            there = torch.from_numpy(index >= 0).to(latents)[:, None, :, None, None]
-            past = latents[:, :-1].transpose(1, 2) * there
-            past, block = self._past(past, features[:, :-1], index, starts, extra)
-            tables = self.stepper.prefill(past, self.context_t, block)
+        tables = self._remember(latents, features, length_B, starts, extra)
         try:
             where = (torch.from_numpy(index).to(self.device) for index in (rows, reach))
             history = latents[tuple(where)]
@@ -244,6 +239,19 @@ class World:
         """What else a state keeps of these (checked) starts; ``reach``: frames of its history."""
         return {}
 
+    def _remember(self, latents_BKChw: Tensor, features_BKA: Tensor, length_B: np.ndarray,
+                  starts: Starts, extra: dict[str, Tensor]) -> Tables:
+        """Tables with all frames of a start but the last in memory."""
+        b, k = latents_BKChw.shape[:2]
+        if k == 1:
+            return self.stepper.empty(b)
+        index = np.arange(k - 1)[None] - (k - length_B)[:, None]
+        index = np.where(index >= 0, index, -1)
+        there = torch.from_numpy(index >= 0).to(latents_BKChw)[:, None, :, None, None]
+        past = latents_BKChw[:, :-1].transpose(1, 2) * there
+        past, block = self._past(past, features_BKA[:, :-1], index, starts, extra)
+        return self.stepper.prefill(past, self.context_t, block)
+
     def _past(self, past_BCKhw: Tensor, features_BKA: Tensor, index_BK: np.ndarray,
               starts: Starts, extra: dict[str, Tensor]) -> tuple[Tensor, Block]:
         """Network input of a start's past frames, and their block."""
@@ -334,12 +342,7 @@ class World:
                              expected=("slots >= 1", "frames", *self.spec.latent_chw),
                              fix="encode start frames with World.encode")
         b, k = latents.shape[:2]
-        if not latents.is_floating_point():
-            raise DTypeError("start latents have the wrong dtype", given=latents.dtype,
-                             expected="float32", fix="encode start frames with World.encode")
-        if not bool(torch.isfinite(latents).all()):
-            raise NotFiniteError("start latents are not finite", given="NaN or infinity",
-                                 expected="finite latents", fix="check the start bank")
+        self._check_latents(latents)
         if k > self.spec.context_frames + 1:
             raise ShapeError("start is too long", given=f"{k} frames",
                              expected=f"at most {self.spec.context_frames + 1}",
@@ -360,7 +363,16 @@ class World:
         unused = (null.astype(bool) | absent).reshape(-1)
         features = self._start_controls(actions.reshape(b * k, *action.shape), unused)
         features = features.unflatten(0, (b, k))
-        return latents.to(self.device, torch.float32), features, length_B
+        return latents.to(self.device, self.latent_dtype), features, length_B
+
+    def _check_latents(self, latents: Tensor) -> None:
+        """Raise a named error unless latents of the right shape hold usable values."""
+        if not latents.is_floating_point():
+            raise DTypeError("start latents have the wrong dtype", given=latents.dtype,
+                             expected="float32", fix="encode start frames with World.encode")
+        if not bool(torch.isfinite(latents).all()):
+            raise NotFiniteError("start latents are not finite", given="NaN or infinity",
+                                 expected="finite latents", fix="check the start bank")
 
 
 def _unowned(new: Tables, old: Tables) -> np.ndarray:

@@ -14,7 +14,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 # names of the passes; a pass of its own makes draws independent
-PASSES = {"end": 1 << 16, "start": 1 << 17}
+PASSES = {"end": 1 << 16, "start": 1 << 17, "image": 1 << 18, "action": 1 << 19}
 
 
 def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:

@@ -41,6 +41,12 @@ def rotation(frame_BF: Tensor, grid_hw: tuple[int, int], head_dim: int) -> Tenso
     return torch.polar(torch.ones_like(angle), angle)
 
 
+def frame_rotation(frame_BF: Tensor, head_dim: int) -> Tensor:
+    """Unit complex numbers (B, F, head_dim / 2) with every pair on the time axis alone."""
+    angle = frame_BF.double()[..., None] * axis_frequencies(head_dim // 2).to(frame_BF.device)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
 def rotation_at(position_BT3: Tensor, head_dim: int) -> Tensor:
     """Unit complex numbers (B, T, head_dim / 2), complex128, for tokens at any (frame, y, x).
 
@@ -64,4 +70,4 @@ def rotate(x_BTND: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate every head's pairs; ``table`` comes from ``cos_sin``."""
     cos, sin = table
     swapped = x_BTND.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return x_BTND * cos + swapped * sin
+    return (x_BTND * cos + swapped * sin).to(x_BTND.dtype)

@@ -1,4 +1,4 @@
-"""Noise levels of flow matching: the table, the few-step list and the UniPC solver.
+"""Noise levels of flow matching: the table, the few-step list, Euler steps and the UniPC solver.
 
 Convention (actionparty spec 3.2): ``x_t = (1 - sigma) x0 + sigma eps`` and the network predicts
 the flow ``v = eps - x0``, so ``x0 = x_t - sigma v``. Timesteps are ``1000 sigma``.
@@ -191,6 +191,38 @@ class FewStep:
     def next_input(self, x0: Tensor, eps: Tensor, step: int) -> Tensor:
         """Network input of step ``step + 1``, from the x0 predicted at ``step`` and fresh noise."""
         return add_noise(x0, eps, self.sigmas[step + 1])
+
+
+class Euler:
+    """Euler steps along the flow (scope spec 9): ``x + (sigma_next - sigma) v``.
+
+    Attributes:
+        sigmas_S: noise levels, float32 [n]; after the last comes 0.
+        timesteps_S: exact ``1000 sigma``, float32 [n], not whole numbers.
+
+    Example:
+        >>> Euler(4, shift=5.0).sigmas_S.tolist()
+        [1.0, 0.9375, 0.8333333134651184, 0.625]
+    """
+
+    def __init__(self, steps: int, *, shift: float = 5.0, strength: float = 1.0) -> None:
+        shift = _need_shift(shift)
+        if steps < 1 or not 0 < strength <= 1:
+            raise ConfigError(
+                "impossible number of steps or strength", given=f"{steps} steps, {strength}",
+                expected="1 step or more, a strength in (0, 1]", fix="use 30 steps, strength 1",
+            )
+        u_S = torch.linspace(strength, 0.0, steps + 1)[:-1]
+        self.sigmas_S = shift * u_S / (1 + (shift - 1) * u_S)
+        self.timesteps_S = TRAIN_STEPS * self.sigmas_S
+
+    def __len__(self) -> int:
+        return len(self.sigmas_S)
+
+    def step(self, x: Tensor, flow: Tensor, i: int) -> Tensor:
+        """Sample after step ``i``, in the dtype of ``x``."""
+        end = self.sigmas_S[i + 1] if i + 1 < len(self) else torch.zeros(())
+        return x + flow * (end - self.sigmas_S[i]).to(x.device)
 
 
 class UniPC:

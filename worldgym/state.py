@@ -285,8 +285,8 @@ def _check_tensors(path: str | Path, world, tensors: dict[str, Tensor], count: i
     wants: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         name: (page, spec.dtype) for name in tensors if name.startswith("pages.")}
     wants |= {name: ((slots,), torch.int64) for name in WorldState.COUNTERS}
-    wants |= {"history": ((slots, world.history, *world.spec.latent_chw), torch.float32),
-              "pending": ((slots, *world.pending_shape), torch.float32),
+    wants |= {"history": ((slots, world.history, *world.spec.latent_chw), world.latent_dtype),
+              "pending": ((slots, *world.pending_shape), world.latent_dtype),
               "tables.pages": (table, torch.int64), "tables.frames": (table, torch.int64)}
     wants |= {f"extra.{k}": ((slots, *shape), kind) for k, (shape, kind) in world.extra.items()}
     for name, expected in wants.items():

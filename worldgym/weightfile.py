@@ -58,6 +58,25 @@ class Entry:
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
+class Mapped:
+    """Tensors of a memory-mapped file, which can be mapped anew.
+
+    Pages count as memory once they were read, until the mapping goes; who copies tensors to
+    another dtype or device calls ``forget`` now and then.
+    """
+
+    def __init__(self, open_: Callable[[], Callable[[str], Tensor]]) -> None:
+        self._open, self._get = open_, open_()
+
+    def reader(self, name: str) -> Callable[[], Tensor]:
+        """What :class:`Entry` calls to read one tensor."""
+        return lambda: self._get(name)
+
+    def forget(self) -> None:
+        """Let go of the pages read so far; tensors in use keep theirs."""
+        self._get = self._open()
+
+
 @dataclass(frozen=True)
 class WeightFile:
     """An opened set of weights.
@@ -70,6 +89,7 @@ class WeightFile:
         metadata: the file's own metadata; ours is parsed JSON.
         part: which part of a training checkpoint was taken ("" if there are no parts).
         parts: all parts the checkpoint has.
+        maps: the memory maps behind the entries.
     """
 
     path: Path
@@ -79,6 +99,7 @@ class WeightFile:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     part: str = ""
     parts: tuple[str, ...] = ()
+    maps: tuple[Mapped, ...] = ()
 
 
 def open_weights(
@@ -102,9 +123,14 @@ def open_weights(
     if path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
     if path.suffix == ".safetensors":
-        entries, metadata = _safetensors(path)
-        return WeightFile(path, "safetensors", (path,), entries, metadata)
+        entries, metadata, mapped = _safetensors(path)
+        return WeightFile(path, "safetensors", (path,), entries, metadata, maps=(mapped,))
     return _open_torch(path, part, safe_globals)
+
+
+def as_file(source: str | Path | WeightFile, **options: Any) -> WeightFile:
+    """``source`` itself if it is open already, else :func:`open_weights` of it."""
+    return source if isinstance(source, WeightFile) else open_weights(source, **options)
 
 
 def _pick(path: Path) -> Path:
@@ -147,8 +173,8 @@ def _is_weights(path: Path) -> bool:
     return path.suffix in (".safetensors", *TORCH_SUFFIXES) or path.name.endswith(INDEX_SUFFIX)
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Entries and metadata of one safetensors file."""
+def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any], Mapped]:
+    """Entries, metadata and memory map of one safetensors file."""
     try:
         handle = safe_open(str(path), framework="pt", device="cpu")
         names = list(handle.keys())
@@ -161,6 +187,8 @@ def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
             expected="a whole safetensors file",
             fix="copy or download it again; the copy may have been cut off",
         ) from error
+    del handle
+    mapped = Mapped(lambda: safe_open(str(path), framework="pt", device="cpu").get_tensor)
     entries = {}
     for name, part in slices.items():
         dtype = DTYPES.get(part.get_dtype())
@@ -171,8 +199,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
                 expected=f"one of {sorted(DTYPES)}",
                 fix="save the weights again as float32, float16 or bfloat16",
             )
-        read = _reader(handle, name)
-        entries[name] = Entry(tuple(part.get_shape()), dtype, read)
+        entries[name] = Entry(tuple(part.get_shape()), dtype, mapped.reader(name))
     if META_KEY in metadata:
         try:
             metadata[META_KEY] = json.loads(metadata[META_KEY])
@@ -183,11 +210,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
                 expected=f"JSON under the key {META_KEY!r}",
                 fix="save the checkpoint again with worldgym.checkpoint.save",
             ) from error
-    return entries, metadata
-
-
-def _reader(handle: Any, name: str) -> Callable[[], Tensor]:
-    return lambda: handle.get_tensor(name)
+    return entries, metadata, mapped
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -229,8 +252,10 @@ def _open_shards(path: Path) -> WeightFile:
             fix="download the missing shards into the same folder",
         )
     entries: dict[str, Entry] = {}
+    maps: list[Mapped] = []
     for file in files:
-        inside, _ = _safetensors(file)
+        inside, _, mapped = _safetensors(file)
+        maps.append(mapped)
         listed = {name for name, shard in weight_map.items() if shard == file.name}
         if set(inside) != listed:
             odd = sorted(set(inside) ^ listed)
@@ -241,17 +266,20 @@ def _open_shards(path: Path) -> WeightFile:
                 fix="download index and shards again from one revision",
             )
         entries.update(inside)
-    return WeightFile(path, "sharded safetensors", files, entries)
+    return WeightFile(path, "sharded safetensors", files, entries, maps=tuple(maps))
 
 
 def _open_torch(path: Path, part: str | None, safe_globals: Sequence[Any]) -> WeightFile:
     """Open a torch file without running anything in it, and find the network inside."""
-    try:
+    zipped = zipfile.is_zipfile(path)
+
+    def load() -> Any:
         with torch.serialization.safe_globals(list(safe_globals)):
             # mmap: only tensors that are used are read; needs the zip format (torch >= 1.6)
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+    try:
+        loaded = load()
     except Exception as error:  # torch raises many types here; each becomes one of ours
         text = " ".join(str(error).split()).partition("WeightsUnpickler error:")
         foreign = _foreign_names(path)
@@ -271,7 +299,12 @@ def _open_torch(path: Path, part: str | None, safe_globals: Sequence[Any]) -> We
         ) from error
     tensors, taken, parts = unwrap(loaded, part, path)
     entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}
-    return WeightFile(path, "torch", (path,), entries, {}, taken, parts)
+    maps: tuple[Mapped, ...] = ()
+    if zipped:
+        del loaded, tensors
+        maps = (Mapped(lambda: unwrap(load(), taken or None, path)[0].__getitem__),)
+        entries = {n: Entry(e.shape, e.dtype, maps[0].reader(n)) for n, e in entries.items()}
+    return WeightFile(path, "torch", (path,), entries, {}, taken, parts, maps)
 
 
 def _foreign_names(path: Path) -> list[str]:

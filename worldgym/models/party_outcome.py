@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldgym.errors import ConfigError
+from worldgym.heads import Learned
 from worldgym.models.outcome import linear, neighbours
 
 
@@ -110,22 +110,8 @@ class PartyOutcome(nn.Module):
                 torch.where(valid_BN, rewards, 0))
 
 
-@dataclass(frozen=True, slots=True)
-class LearnedPartyOutcome:
-    """Rewards and ends from the world's own heads; ``end_scale`` multiplies the end chances."""
-
-    model: PartyOutcome
-    end_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.end_scale < float("inf"):
-            raise ConfigError("impossible end_scale", given=self.end_scale,
-                              expected="a finite number >= 0", fix="use 1.0")
-
-    @property
-    def frames(self) -> int:
-        """Past frames read."""
-        return self.model.cfg.frames
+class LearnedPartyOutcome(Learned):
+    """Rewards and ends of every player from a ``PartyOutcome``."""
 
     @torch.no_grad()
     def __call__(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,

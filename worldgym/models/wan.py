@@ -20,6 +20,8 @@ from worldgym.rope import cos_sin, rotate, rotation
 
 # attend(layer, q_BTNE, k_BTNE, v_BTNE) -> out_BTNE; q and k are already rotated
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# between(layer, x_BTD) -> x_BTD: what a model adds to the stream before the feed-forward
+Between = Callable[[int, Tensor], Tensor]
 # cross-attention of one layer: keys and values that every token sees, or cross(q_BTNE) -> out_BTNE
 Cross = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]
 # A float32 matrix product gives row-independent bits from 4 rows on, elementwise kernels for sizes
@@ -71,6 +73,7 @@ class WanConfig:
 
 
 WAN_1_3B = WanConfig()
+WAN_5B = WanConfig(dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48)  # Wan2.2-TI2V
 
 
 class RMSNorm(nn.Module):
@@ -120,7 +123,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, mod_BF6D: Tensor, table: tuple[Tensor, Tensor],
                 attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-                text_kv: Cross | None) -> Tensor:
+                text_kv: Cross | None,
+                between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         m = (self.modulation + mod_BF6D).unsqueeze(3).unbind(2)  # six of (B, F, 1, D)
         y = self._modulate(x_BTD, m[0], m[1])
         q, (k, v) = self.self_attn.query(y), self.self_attn.key_value(y)
@@ -130,6 +134,8 @@ class Block(nn.Module):
             q = self.cross_attn.query(self.norm3(x_BTD))
             y = text_kv(q) if callable(text_kv) else attention(q, *text_kv)
             x_BTD = x_BTD + self.cross_attn.o(y.flatten(2))
+        if between is not None:
+            x_BTD = between(x_BTD)
         return self._gate(x_BTD, self.ffn(self._modulate(x_BTD, m[3], m[4])), m[5])
 
     def _modulate(self, x_BTD: Tensor, shift_BF1D: Tensor, scale_BF1D: Tensor) -> Tensor:
@@ -255,14 +261,15 @@ class WanDiT(nn.Module):
             len(y), self.cfg.out_dim, frames, h * ph, w * pw)
 
     def table(self, frame_index_BF: Tensor, grid_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Rotation table of the tokens of these absolute frames."""
+        """Rotation table of the tokens of these absolute frames, never below float32."""
         turn = rotation(frame_index_BF, grid_hw, self.cfg.head_dim)
-        return cos_sin(turn, self.head.modulation.dtype)
+        return cos_sin(turn, torch.promote_types(self.head.modulation.dtype, torch.float32))
 
     def forward(self, x_BCFHW: Tensor, t: Tensor, context_BLD: Tensor | None = None, *,
                 attend: Attend | None = None, frame_index_BF: Tensor | None = None,
                 cond_BFD: Tensor | None = None,
-                text_kv: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+                text_kv: list[tuple[Tensor, Tensor]] | None = None,
+                between: Between | None = None) -> Tensor:
         """Flow (B, C, F, H, W).
 
         Args:
@@ -272,6 +279,7 @@ class WanDiT(nn.Module):
             attend: who sees whom; None = every token sees every token.
             frame_index_BF: absolute frame indices, (F,) or (B, F); default 0..F-1.
             cond_BFD: per-frame conditioning added to the time embedding.
+            between: called in every block before the feed-forward.
         """
         b, _, f, height, width = x_BCFHW.shape
         grid = (height // self.cfg.patch_size[1], width // self.cfg.patch_size[2])
@@ -293,7 +301,8 @@ class WanDiT(nn.Module):
             )
         for i, block in enumerate(self.blocks):
             see = (lambda q, k, v, i=i: attend(i, q, k, v)) if attend else attention
-            x = block(x, modulation, table, see, text_kv[i] if text_kv else None)
+            add = (lambda x, i=i: between(i, x)) if between else None
+            x = block(x, modulation, table, see, text_kv[i] if text_kv else None, add)
         return self.unpatch(self.head(x, e), f, grid)
 
 
