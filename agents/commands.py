@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from worldgym.agents.commands_binding import Binding, LearnTiles
 from worldgym.agents.commands_clip import Clip
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
@@ -370,7 +371,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": Inspect, "convert": Convert, "demo": Demo, "iterate": Iterate,
     "evaluate": Evaluate, "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
     "fit-party": FitParty, "train-party": TrainParty, "score-party": ScoreParty,
-    "rollout": Rollout, "clip": Clip,
+    "rollout": Rollout, "binding": Binding, "tiles": LearnTiles, "clip": Clip,
 }
 
 
