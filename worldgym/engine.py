@@ -30,7 +30,9 @@ class Chunk:
     ``end_probability_B``; ``danger_B``: chance of an end within the next steps, as recorded play
     went on (``ahead`` steps; 1: the end chance); ``draw_B``: the uniform numbers that decided the
     ends; ``end_frame_B``: index of the last frame that counts; ``uncertainty_B``: fork spread, if
-    it was asked for. ``frames()`` decodes on first use.
+    it was asked for; ``drift_B``: how far the frames have moved from what the episode began with,
+    where a world tells it. ``frames()`` decodes on first use: with ``video``, all of the chunk at
+    once, or with ``decode``, latent by latent.
     """
 
     slots: np.ndarray
@@ -42,13 +44,17 @@ class Chunk:
     uncertainty_B: np.ndarray | None = None
     danger_B: np.ndarray | None = None
     draw_B: np.ndarray | None = None
+    drift_B: np.ndarray | None = None
     ahead: int = 1
     subjects: object = None
+    video: Callable[[], Tensor] | None = field(default=None, repr=False)
     decode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     _frames: Tensor | None = field(default=None, repr=False)
 
     def frames(self) -> Tensor:
         """Decoded frames uint8 (B, F, H, W, 3)."""
+        if self._frames is None and self.video is not None:
+            self._frames = self.video()
         if self._frames is None:
             assert self.decode is not None
             b, f = self.latents_BFChw.shape[:2]
@@ -74,14 +80,16 @@ class World:
     """
 
     latent_dtype = torch.float32  # of what a codec makes; ids where latents are tokens
+    stands_alone = True  # a latent of a chunk decodes by itself
 
     def __init__(self, spec: WorldSpec, codec: Codec, dynamics: Dynamics, outcome: Any,
                  policy: SinkWindow, schedule: FewStep | UniPC, *, temperature: float = 1.0,
                  context_noise: float = 0.0, fingerprint: str = "",
                  device: torch.device | str = "cpu", max_pages: int | None = None) -> None:
-        if spec.latents_per_chunk != 1:
-            raise ConfigError("chunk is too long for this engine", given=spec.latents_per_chunk,
-                              expected="1 latent frame per step", fix="set latents_per_chunk=1")
+        if spec.latents_per_chunk != 1:  # the loop takes any number, paged generation one
+            raise ConfigError("chunk is too long for stepping through paged memory",
+                              given=spec.latents_per_chunk, expected="1 latent frame per step",
+                              fix="set latents_per_chunk=1, or override _generate")
         if not 0 < temperature <= 10:
             raise ConfigError("impossible temperature", given=temperature,
                               expected="a number above 0, at most 10", fix="use 1.0, or about 1.3")
@@ -189,8 +197,9 @@ class World:
                 raise ShapeError("per-frame actions", given=raw.shape,
                                  expected=(len(index), self.spec.frames_per_chunk, "..."),
                                  fix="give one action per generated frame")
-            raw = raw[:, 0]
-        features = self._controls(raw, state, index)
+            features = self._dense_controls(raw, state, index)
+        else:
+            features = self._controls(raw, state, index)
         part = state if slots is None else state.select(index)
         new, chunk = self._advance(part, features)
         chunk.slots = index
@@ -200,12 +209,13 @@ class World:
         latents, extra, tables = self._generate(state, action_BA)
         try:
             chunk, extra = self._judge(state, action_BA, latents, extra)
-            history = torch.cat([state.history_BKChw[:, 1:], latents[:, None]], 1)
+            history, pending = self._kept(state, action_BA, chunk)
+            n = latents.shape[1]
             counters = {
-                "index_B": state.index_B + 1, "step_B": state.step_B + 1,
-                "lengths_B": np.minimum(state.lengths_B + 1, self.history),
+                "index_B": state.index_B + n, "step_B": state.step_B + 1,
+                "lengths_B": np.minimum(state.lengths_B + n, self.history),
                 "seed_B": state.seed_B, "episode_B": state.episode_B, "branch_B": state.branch_B}
-            new = WorldState(self.pool, self.fingerprint, tables, history, action_BA, counters,
+            new = WorldState(self.pool, self.fingerprint, tables, history, pending, counters,
                              extra)
         finally:  # the new state holds the pages now, or nobody does
             self.pool.decref(_unowned(tables, state.tables))
@@ -213,8 +223,8 @@ class World:
 
     def _generate(self, state: WorldState,
                   action_BA: Tensor) -> tuple[Tensor, dict[str, Tensor], Tables]:
-        """Latents (B, C, h, w) of the next frame, what else the new state keeps, and the tables
-        with the current frame committed."""
+        """Latents (B, F, C, h, w) of the next chunk, what else the new state keeps, and the tables
+        with every frame committed but the chunk's last."""
         keys = state.keys_B4
         current, last, new, joint = self._blocks(state, action_BA)
         x = self.noise(keys, 0)
@@ -230,7 +240,7 @@ class World:
         except BaseException:
             self.pool.decref(_unowned(tables, state.tables))
             raise
-        return latents, extra, tables
+        return latents[:, None], extra, tables
 
     # -- what worlds of another kind change --------------------------------------------------
 
@@ -275,7 +285,12 @@ class World:
         """Latents (B, C, h, w) of a sample, and what else the next state keeps."""
         return x0[:, :, 0], state.extra
 
-    def _judge(self, state: WorldState, action_BA: Tensor, latents_BChw: Tensor,
+    def _kept(self, state: WorldState, action_BA: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """History and pending actions of the state after a chunk."""
+        history = torch.cat([state.history_BKChw, chunk.latents_BFChw], 1)
+        return history[:, -self.history:].contiguous(), action_BA
+
+    def _judge(self, state: WorldState, action_BA: Tensor, latents_BFChw: Tensor,
                extra: dict[str, Tensor]) -> tuple[Chunk, dict[str, Tensor]]:
         """The chunk with its rewards and ends, and what else the next state keeps."""
         end_B, rewards_B2, danger_B = self._outcome(state, action_BA)
@@ -284,9 +299,9 @@ class World:
         terminated = draw < chance
         rewards = rewards_B2.cpu().numpy()
         reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)
-        b = len(latents_BChw)
-        return Chunk(np.arange(b), latents_BChw[:, None], reward, terminated, chance,
-                     np.zeros(b, np.int64), danger_B=danger_B.double().cpu().numpy(),
+        b, last = len(latents_BFChw), self.spec.frames_per_chunk - 1
+        return Chunk(np.arange(b), latents_BFChw, reward, terminated, chance,
+                     np.full(b, last, np.int64), danger_B=danger_B.double().cpu().numpy(),
                      draw_B=draw, ahead=getattr(self.outcome, "ahead", 1),
                      decode=self.decode), extra
 
@@ -315,6 +330,10 @@ class World:
     def _controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
         """Action features (n, A) of what was given to ``step`` for these slots, checked."""
         return self._features(self.spec.action.check(raw, len(index)))
+
+    def _dense_controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
+        """The same of one action per pixel frame, (n, frames, ...); here the first is heard."""
+        return self._controls(raw[:, 0], state, index)
 
     def _start_controls(self, actions: np.ndarray, unused: np.ndarray) -> Tensor:
         """Action features (n, A) of a start's frames, checked; ``unused`` rows are null."""

@@ -254,14 +254,14 @@ class PartyWorld(World):
             "subjects": torch.cat([state.extra["subjects"][:, 1:], states[:, None]], 1),
             "controls": torch.cat([state.extra["controls"][:, 1:], action_BA.long()[:, None]], 1)}
 
-    def _judge(self, state: WorldState, action_BA: Tensor, latents_BChw: Tensor,
+    def _judge(self, state: WorldState, action_BA: Tensor, latents_BFChw: Tensor,
                extra: dict[str, Tensor]) -> tuple[Chunk, dict[str, Tensor]]:
         valid, was = extra["valid"], extra["ended"]
         b, n = valid.shape
         chance, reward = torch.zeros(2, b, n, device=self.device)
         if self.outcome is not None:
             states = extra["subjects"]
-            chance, reward = self.outcome(state.history_BKChw, states[:, -2], latents_BChw,
+            chance, reward = self.outcome(state.history_BKChw, states[:, -2], latents_BFChw[:, -1],
                                           states[:, -1], action_BA.long(), valid)
         plays = valid & ~was
         chance_BN = torch.where(plays, chance, 0).double().cpu().numpy()
@@ -274,7 +274,7 @@ class PartyWorld(World):
         total = np.zeros(b, np.float32)
         for player in range(n):  # in this order for every batch
             total = total + reward_BN[:, player]
-        chunk = Chunk(np.arange(b), latents_BChw[:, None], total,
+        chunk = Chunk(np.arange(b), latents_BFChw, total,
                       (ended | ~there).all(1) & there.any(1), every, np.zeros(b, np.int64),
                       danger_B=every, subjects=subjects, decode=self.decode)
         return chunk, extra | {"ended": torch.from_numpy(ended).to(self.device)}

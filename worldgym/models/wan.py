@@ -7,6 +7,7 @@ while training, paged memory while stepping). ``nano`` is this same class at a s
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -177,6 +178,7 @@ class WanDiT(nn.Module):
     def __init__(self, cfg: WanConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.near: Callable[[nn.Module], AbstractContextManager] = nullcontext  # see offload.py
         dim, patch = cfg.dim, cfg.patch_size
         self.patch_embedding = nn.Conv3d(cfg.in_dim, dim, patch, stride=patch)
         if cfg.text_len:
@@ -216,7 +218,11 @@ class WanDiT(nn.Module):
             )
         pad = self.cfg.text_len - context_BLD.shape[1]
         y = self.text_embedding(F.pad(context_BLD, (0, 0, 0, pad)))
-        return [cast(Block, block).cross_attn.key_value(y) for block in self.blocks]
+        out = []
+        for block in self.blocks:
+            with self.near(block):
+                out.append(cast(Block, block).cross_attn.key_value(y))
+        return out
 
     def time(self, t_BF: Tensor, cond_BFD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Time embedding e (B, F, D) and modulation (B, F, 6, D) of timesteps in [0, 1000].
@@ -302,7 +308,8 @@ class WanDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             see = (lambda q, k, v, i=i: attend(i, q, k, v)) if attend else attention
             add = (lambda x, i=i: between(i, x)) if between else None
-            x = block(x, modulation, table, see, text_kv[i] if text_kv else None, add)
+            with self.near(block):
+                x = block(x, modulation, table, see, text_kv[i] if text_kv else None, add)
         return self.unpatch(self.head(x, e), f, grid)
 
 
