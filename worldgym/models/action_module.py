@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from worldgym.attention import attention
 from worldgym.errors import ConfigError, ShapeError
 from worldgym.models.wan import MIN_ROWS, RMSNorm, WanConfig, _Attention
-from worldgym.rope import cos_sin, frame_rotation, rotate
+from worldgym.rope import rotate, time_table
 
 Table = tuple[Tensor, Tensor]
 
@@ -172,11 +172,11 @@ class ActionModule(nn.Module):
         y = attention(q, k, v).unflatten(0, (len(x_BTD), -1)).transpose(1, 2)  # (B, F, S, H, E)
         return self.mouse_attn.o(y.flatten(1, 2).flatten(2))
 
-    def table(self, frames: int, device: torch.device, dtype: torch.dtype) -> Table:
-        """Rotation of frames 0..F-1 over the whole head width, never below float32."""
-        turn = frame_rotation(torch.arange(frames, device=device)[None],
-                              self.key_width)
-        return cos_sin(turn, torch.promote_types(dtype, torch.float32))
+    def table(self, frames: int, device: torch.device, dtype: torch.dtype,
+              tokens: int = 1) -> Table:
+        """Rotation of every token of frames 0..F-1 over the head width, never below float32."""
+        return time_table(frames, tokens, self.key_width,
+                          torch.promote_types(dtype, torch.float32), device)
 
     @property
     def key_width(self) -> int:

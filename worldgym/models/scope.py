@@ -155,11 +155,10 @@ class ScopeDiT(WanDiT):
         modules, weight, frames = self._modules_of_action(), self.head.modulation, x_BCFHW.shape[2]
         tokens = x_BCFHW.shape[3] * x_BCFHW.shape[4] // (
             self.cfg.patch_size[1] * self.cfg.patch_size[2])
-        cos, sin = (x.repeat_interleave(tokens, 1)
-                    for x in modules[0].table(frames, weight.device, weight.dtype))
+        table = modules[0].table(frames, weight.device, weight.dtype, tokens)
         return super().forward(
             x_BCFHW, t, context_BLD,
-            between=lambda i, x: modules[i](x, controls[i], (cos, sin)), **given)
+            between=lambda i, x: modules[i](x, controls[i], table), **given)
 
 
 def frame_times(t: Tensor, batch: int, frames: int, first_frame: bool) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from worldgym.attention import attention
 from worldgym.errors import ConfigError, ShapeError
-from worldgym.rope import cos_sin, rotate, rotation
+from worldgym.rope import clip_table, cos_sin, rotate, rotation
 
 # attend(layer, q_BTNE, k_BTNE, v_BTNE) -> out_BTNE; q and k are already rotated
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -293,10 +293,11 @@ class WanDiT(nn.Module):
         t_BF = t[:, None].expand(b, f) if t.ndim == 1 else t
         e, modulation = self.time(t_BF, cond_BFD)
         if frame_index_BF is None:
-            frame_index_BF = torch.arange(f, device=x.device)
-        if frame_index_BF.ndim == 1:
-            frame_index_BF = frame_index_BF[None]
-        table = self.table(frame_index_BF, grid)
+            table = clip_table(f, grid, self.cfg.head_dim, torch.promote_types(
+                self.head.modulation.dtype, torch.float32), x.device)
+        else:
+            table = self.table(
+                frame_index_BF[None] if frame_index_BF.ndim == 1 else frame_index_BF, grid)
         if text_kv is None and context_BLD is not None:
             text_kv = self.text(context_BLD)
         if self.cfg.text_len and text_kv is None:
