@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from worldgym.agents import results
@@ -204,9 +205,26 @@ def flops(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+class _Fused(TorchFunctionMode):
+    """Attention as one operator that keeps its scores to itself, as flash kernels do.
+
+    On meta tensors it would be taken apart into products and count its scores as memory.
+    """
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self.traffic = traffic
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.traffic.moved += sum(x.numel() * x.element_size() for x in args[:3])
+        return torch.empty_like(args[0])  # which counts as the output that is written
+
+
 def traffic(call: Callable[[], Any]) -> Traffic:
-    """Memory traffic of a call."""
-    with Traffic() as mode, torch.no_grad():
+    """Memory traffic of a call; attention counts its operands and its output."""
+    with Traffic() as mode, _Fused(mode), torch.no_grad():
         call()
     return mode
 
