@@ -1,4 +1,4 @@
-"""``worldgym bench scope``: work, memory traffic and memory of SCOPE at its real size; a timed pass.
+"""``worldgym bench scope``: work, traffic and memory of SCOPE at its real size; a timed tiny pass.
 
 Counted on meta tensors at the published sizes (no weights needed), timed at a tiny size on this
 machine. ``published_pass`` keeps the published order of operations, for comparison only: rotations
@@ -238,7 +238,7 @@ def real() -> ScopeDiT:
 def counted() -> list[Row]:
     """Work and memory at the real size."""
     dit, what, hw = real(), "real-config", (HW[0] // 16, HW[1] // 16)
-    vae = WanVAE(WanVAE.build(REAL_VAE).to(torch.bfloat16))
+    vae = WanVAE(torch.nn.Module.to(WanVAE.build(REAL_VAE), torch.bfloat16))
     rows: list[Row] = []
 
     def add(metric: str, value: float, unit: str, note: str) -> None:

@@ -10,7 +10,6 @@ from worldgym.envs.screen import MODES, Screen
 from worldgym.envs.state import EnvState
 from worldgym.errors import ConfigError, DTypeError, ShapeError, SlotError
 
-
 TEXTS = ("prompt", "negative_prompt")
 
 

@@ -11,8 +11,8 @@ from worldgym.envs.tasks import Task, check_names, load_task
 from worldgym.envs.vector import DreamVectorEnv
 from worldgym.errors import ConfigError
 
-TASK_SETTINGS = ("horizon", "distrust", "drift", "penalty", "hazard", "forks", "reward", "end", "spread",
-                 "starts")
+TASK_SETTINGS = ("horizon", "distrust", "drift", "penalty", "hazard", "forks", "reward", "end",
+                 "spread", "starts")
 VIEW_SETTINGS = tuple(f.name for f in fields(ViewConfig))
 
 LOADED = ("device", "temperature")  # settings of the world itself

@@ -11,7 +11,7 @@ from worldgym.envs.spaces import to_numpy
 from worldgym.envs.tasks import Task
 from worldgym.errors import ConfigError, NotFiniteError, ShapeError
 
-REASONS = ("", "horizon", "context", "distrust", "drift")  # a reason code is an index into this tuple
+REASONS = ("", "horizon", "context", "distrust", "drift")  # a reason code is an index into it
 
 
 def judge(task: Task, chunk: Any, frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""``worldgym/SCOPE-v0`` on a tiny folder in the published layout: conformance, options, refusals."""
+"""``worldgym/SCOPE-v0`` on a tiny published folder: conformance, options, refusals."""
 
 import sys
 import warnings
@@ -87,7 +87,7 @@ def test_made_by_its_id(folder):
 
 
 def test_what_the_dream_hears(folder):
-    """Texts, each part of the action, and actions per frame all matter; a flat action is the same."""
+    """Texts, every part of an action and actions per frame matter; a flat action is the same."""
     env = make(folder, observation="latent")
 
     def after(action=None, on=env, **options):

@@ -21,9 +21,9 @@ class ActionSpec:
     ``sizes``: number of choices per component (discrete kinds), or the flat length of a
     MultiBinary; ``low``/``high``: flat bounds of a Box; ``shape``: shape of one action;
     ``start``: first legal value of a Discrete; ``parts``: the (name, kind, length) under which a
-    face may show stretches of a flat Box, "multi_binary" or "box" each. Component c of a discrete kind becomes a one-hot of
-    ``sizes[c]``; a Box is scaled to [-1, 1]. The last feature is 1 for the null action (no action
-    led to this frame: the first frame of an episode, or padding).
+    face may show stretches of a flat Box, "multi_binary" or "box" each. Component c of a discrete
+    kind becomes a one-hot of ``sizes[c]``; a Box is scaled to [-1, 1]. The last feature is 1 for
+    the null action (no action led to this frame: the first frame of an episode, or padding).
 
     >>> spec = ActionSpec.discrete(3)
     >>> spec.encode(np.array([2])).tolist()
