@@ -62,8 +62,9 @@ def test_conformance(folder, settings):
 
 def test_vector_conformance(folder):
     check_dream_vector_env(
-        lambda **given: make_dream_vector(ID, model=str(folder), **SMALL, **given), num_envs=2,
-        steps=2)
+        lambda **given: make_dream_vector(ID, model=str(folder), **SMALL, **given,
+                                         reward=lambda c: np.ones(len(c.slots))), num_envs=2,
+        steps=4)
 
 
 def test_made_by_its_id(folder):

@@ -74,6 +74,9 @@ class PartyWorld(World):
                  guidance: Guidance | None = None, cells_G4: Tensor | None = None,
                  **rest: Any) -> None:
         super().__init__(spec, codec, dynamics, outcome, policy, schedule, **rest)  # type: ignore
+        if spec.latents_per_chunk != 1:
+            raise ConfigError("chunk is too long for subjects", given=spec.latents_per_chunk,
+                              expected="1 latent frame per step", fix="set latents_per_chunk=1")
         sub = dynamics.cfg.subjects
         if spec.subjects != sub.slots or spec.action.shape != (sub.slots,) or any(
                 n != sub.actions for n in spec.action.sizes):
@@ -250,7 +253,7 @@ class PartyWorld(World):
         if self.cells_G4 is not None:
             states = snap(states, self.cells_G4[state.extra["game"]])
         states = torch.where(state.extra["valid"][..., None], states, 0)
-        return video[:, 0].contiguous(), state.extra | {
+        return video[:, :1].contiguous(), state.extra | {
             "subjects": torch.cat([state.extra["subjects"][:, 1:], states[:, None]], 1),
             "controls": torch.cat([state.extra["controls"][:, 1:], action_BA.long()[:, None]], 1)}
 
