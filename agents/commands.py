@@ -270,8 +270,8 @@ class Bench:
     """Measure speed, constancy of cost, memory and overhead of a world.
 
     Args:
-        world: world id or folder.
-        out: results file to write; nothing is written without it.
+        world: world id or folder; or "scope": SCOPE's work at its real size, and a tiny pass.
+        out: results file to write; nothing is written without it (scope: results/scope_bench.json).
         slots: dreams in parallel.
         seconds: time per speed measurement.
         long: steps of the constancy measurement.
@@ -287,6 +287,11 @@ class Bench:
         """Measure."""
         from worldgym.agents.bench import bench
 
+        if self.world == "scope":
+            from worldgym.agents import bench_scope
+
+            bench_scope.bench(self.out, self.seconds)
+            return
         bench(self.world, self.out, slots=self.slots, seconds=self.seconds, long=self.long)
 
 

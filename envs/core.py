@@ -40,6 +40,7 @@ class Batch:
     stepped_B: np.ndarray  # False: this call only reset the slot
     frames_BFHWC: np.ndarray | None = None
     uncertainty_B: np.ndarray | None = None
+    drift_B: np.ndarray | None = None
     final_obs: np.ndarray | None = None  # same-step autoreset: last observations of ``finished``
     finished: np.ndarray | None = None  # slot numbers
     rewards_BP: np.ndarray | None = None  # several players: float64 each
@@ -68,7 +69,10 @@ class DreamCore:
         self.observation_space = spaces.observation_space(
             self.spec, view.observation, view.frame_stack)
         self.action_space = spaces.action_space(
-            self.spec.action, self.frames if self.per_frame else None)
+            self.spec.action, self.frames if self.per_frame else None, view.flat_actions)
+        self._in_parts = bool(self.spec.action.parts) and not view.flat_actions
+        # what else reset may be told, where the starts know how to use it
+        self.start_options: tuple[str, ...] = tuple(getattr(task.starts, "options", ()))
         frame_like = view.observation == "frame"
         self._newest = 3 if frame_like else int(self.spec.latent_chw[0])
         self._opening = Opening(task, view, self.num_slots)
@@ -136,6 +140,7 @@ class DreamCore:
         seeds: Sequence[int | None] | None = None,
         starts: Sequence[int | None] | None = None,
         frames: Sequence[np.ndarray | None] | None = None,
+        texts: Sequence[dict | None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Begin new episodes in ``slots`` (None: all); the other slots' bytes stay as they are.
 
@@ -144,6 +149,7 @@ class DreamCore:
                 seed from the operating system if it never had one.
             starts: index into the start bank per slot; None samples by (seed, episode).
             frames: the user's own start image (H, W, 3) uint8 per slot, None: from the bank.
+            texts: "prompt" and "negative_prompt" per slot, for worlds that are told what to show.
 
         Returns:
             Observations of all slots (a copy) and start index per reset slot (-1: user's image).
@@ -155,7 +161,7 @@ class DreamCore:
             slots = range(self.num_slots)
         which = range(self.num_slots) if slots is None else slots
         slot_n = np.asarray(which, np.int64)
-        new, index_n = self._opening.begin(self._state, slot_n, seeds, starts, frames)
+        new, index_n = self._opening.begin(self._state, slot_n, seeds, starts, frames, texts)
         self._state = new
         return new.stack_B.copy(), index_n
 
@@ -202,6 +208,8 @@ class DreamCore:
 
     def _check_actions(self, actions: Any, live_B: np.ndarray) -> np.ndarray:
         spec = self.spec.action
+        if self._in_parts:
+            actions = spaces.join_parts(spec, actions)
         try:
             array = np.asarray(actions)
         except ValueError as error:  # rows of different lengths
@@ -252,7 +260,11 @@ class DreamCore:
         batch.reward_B[rows], batch.terminated_B[rows], batch.last_frame_B[rows] = (
             reward, ended, last)
         batch.return_B += batch.reward_B
-        reason = outcome.truncations(batch.length_B[rows], ended, spread, task)
+        drift = outcome.drift(task, chunk)
+        if drift is not None:
+            batch.drift_B = np.zeros(slots)
+            batch.drift_B[rows] = drift
+        reason = outcome.truncations(batch.length_B[rows], ended, spread, task, drift)
         batch.reason_B[rows] = reason
         batch.truncated_B = batch.reason_B > 0
         return batch, self._observed(state, world, chunk, batch, rows, live, last)
@@ -301,6 +313,8 @@ class DreamCore:
         shown = spaces.newest(self.ready().stack_B, self._newest, self.view.observation)
         if self.view.observation == "frame":
             return shown.copy()
+        if not getattr(self.task.world, "stands_alone", True):  # a video's latent: show the state's
+            return spaces.to_numpy(self.task.world.decode(self.ready().world.latents_BCHW)).copy()
         return decode(self.task.world, shown).copy()
 
     def get_state(self, np_random: dict | None = None) -> EnvState:
