@@ -33,7 +33,8 @@ from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 # modules beside this file, each with a dict KINDS
-TABLES = ("golden_wan", "golden_scope", "golden_scope_dit", "golden_wham", "golden_worldplay")
+TABLES = ("golden_wan", "golden_scope", "golden_scope_dit", "golden_wham", "golden_worldplay",
+          "golden_worldplay_poses")
 DEFAULT_ATOL = 1e-4
 
 

@@ -165,7 +165,8 @@ def labels_of(c2w_N44: np.ndarray, limits: Thresholds | None = None) -> np.ndarr
     step = inverse(c2w_N44[:-1]) @ c2w_N44[1:]
     yaw, pitch = _angles(step)
     right, up = _sign(yaw, limits.turn), _sign(pitch, limits.turn)
-    length = np.linalg.norm(step[:, :3, 3], axis=-1)
+    # one by one: sums along an axis round otherwise, and 30 degrees off an axis is on the edge
+    length = np.array([np.linalg.norm(move) for move in step[:, :3, 3]])
     moves = length > limits.move
     if limits.third_person:
         moves &= (np.abs(yaw) < limits.turn) & (np.abs(pitch) < limits.turn)
