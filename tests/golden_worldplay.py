@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,11 +11,16 @@ import torch
 from golden import Check, Fixture, FixtureError, _tensors
 from torch import Tensor
 
+from worldgym import camera
 from worldgym.checkpoint import load_into
 from worldgym.models.prope import Cameras
 from worldgym.models.wan import WanConfig
+from worldgym.models.wan_vae import WanVAE
 from worldgym.models.worldplay import Context, WorldPlayDiT, config_of
 from worldgym.models.worldplay_names import native_name
+from worldgym.models.worldplay_rollout import ChunkStepper, Moves, start_image
+from worldgym.reconstituted import History, Reconstituted
+from worldgym.schedule import Euler
 
 EXACT = (0.0, 0.0)
 
@@ -158,7 +165,111 @@ def prope_attention(fixture: Fixture) -> Iterator[Check]:
     yield Check("in a moved world", run(moved)["out"].transpose(1, 2), fixture["out.prope"])
 
 
+# --------------------------------------------------------------------------- whole rollouts
+
+
+def _codec(fixture: Fixture, stem: str) -> WanVAE:
+    meta = json.loads((fixture.folder / f"{stem}.json").read_text())
+    held = _tensors(fixture.folder / f"{stem}.safetensors")
+    return WanVAE.load({k[3:]: v for k, v in held.items() if k.startswith("sd.")},
+                       sizes=meta["config"], mean=meta["config"]["latents_mean"],
+                       std=meta["config"]["latents_std"])
+
+
+def _unit(video_BCTHW: Tensor) -> Tensor:
+    """Frames (B, T, H, W, 3) in [0, 1]."""
+    return (video_BCTHW.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 4, 1)
+
+
+def rollout(fixture: Fixture) -> Iterator[Check]:
+    """Chunk after chunk: choices and labels exactly, latents within 1e-4, every network call."""
+    text, steps = fixture["in.text"], fixture.get("timesteps")
+    dit, limit = network(fixture, text.shape[1]), (1e-4, 0.0)
+    memory = Reconstituted(points_M3=fixture["in.points"].numpy())
+    stepper = ChunkStepper(dit, memory, Euler.at(steps), float(fixture.get("context_timestep")))
+    n = memory.chunk
+    c2w = camera.walk(camera.motions(fixture.get("motions")))
+    yield Check("in.c2w", torch.from_numpy(c2w), fixture["in.c2w"], (1e-12, 0.0))
+    labels, w2c = camera.labels_of(c2w), fixture["in.viewmats"]
+    frames = len(w2c)
+    yield Check("labels", torch.from_numpy(labels[:frames]), fixture["in.action"], EXACT)
+    yield Check("in.viewmats", torch.from_numpy(camera.inverse(c2w[:frames])), w2c, (1e-12, 0.0))
+    calls: list[dict[str, Any]] = []
+    chunk = [0]
+
+    def note(_: Any, a: tuple[Any, ...], given: dict[str, Any]) -> None:
+        index = given.get("frame_index_BF", torch.arange(a[0].shape[2]))
+        calls.append({"chunk": chunk[0], "is_cache": given.get("record") is not None,
+                      "latents": a[0].shape[2], "timestep": a[1][0].tolist(),
+                      "rope_frame_start": int(index[0]), "rope_frame_end": int(index[-1]) + 1})
+
+    dit.register_forward_pre_hook(note, with_kwargs=True)
+    histories, made = [History.empty(n)], []
+    for i in range(int(fixture.get("n_chunks"))):
+        chunk[0] = i
+        if i == fixture.get("prompt_switch_chunk"):
+            text = fixture["in.text_after_switch"]
+        part = slice(n * i, n * i + n)
+        moves = Moves(Cameras(w2c[None, part], fixture["in.Ks"][None, part]), labels[None, part])
+        first = fixture.tensors.get("in.first_image_condition") if i == 0 else None
+        latents, histories, chosen = stepper.step(
+            histories, fixture["in.noise_latents"][:, :, part], moves, text, first)
+        want = fixture.get("selected")[i] or []
+        yield Check(f"choice {i}", torch.tensor([len(want), *chosen[0].tolist()]),
+                    torch.tensor([len(want), *want]), EXACT)
+        yield Check(f"chunk {i}", latents, fixture[f"out.chunk{i}.latents"], limit)
+        made.append(latents)
+    for name in ("timestep", "chunk", "is_cache", "latents", "rope_frame_start", "rope_frame_end"):
+        got, want = ([call[name] for call in some] for some in (calls, fixture.get("calls")))
+        flat = [torch.tensor(x, dtype=torch.float64).flatten() for x in (sum(got, []) if
+                name == "timestep" else got, sum(want, []) if name == "timestep" else want)]
+        yield Check(f"calls: {name}", *flat, (1e-4, 0.0))
+    if fixture.meta.get("vae"):
+        yield from _pictures(fixture, made)
+
+
+def _pictures(fixture: Fixture, made: list[Tensor]) -> Iterator[Check]:
+    """Start image and decoded frames."""
+    codec = _codec(fixture, next(w for w in fixture.get("vae").split() if "vae" in w))
+    want = fixture["out.image_preprocessed"]
+    image = start_image(fixture["in.image_rgb_uint8"].numpy(), want.shape[1:])
+    yield Check("out.image_preprocessed", image[0, :, 0], want)
+    state = None
+    for i, latents in enumerate(made):
+        video, state = codec.decode_next(latents, state)
+        count = fixture.get("frames_per_chunk")[i]
+        yield Check(f"frames of chunk {i}", torch.tensor(video.shape[2]), torch.tensor(count),
+                    EXACT)
+        for name in [k for k in fixture.tensors if k.startswith(f"out.chunk{i}.frames_")]:
+            index = [int(k) for k in name.partition("frames_")[2].split("_")]
+            yield Check(name, _unit(video)[:, index], fixture[name])
+
+
+def vae_stream(fixture: Fixture) -> Iterator[Check]:
+    """Decoding latent by latent; encoding one picture."""
+    codec = _codec(fixture, fixture.stem)
+    state, pieces = None, []
+    for latent in fixture["in.normalised_latents"].split(1, 2):
+        piece, state = codec.decode_next(latent, state)
+        pieces.append(piece.clamp(-1, 1))
+    whole = codec.decode(fixture["in.normalised_latents"]).clamp(-1, 1)
+    yield Check("all at once", torch.cat(pieces, 2), whole, EXACT)
+    for name, want in fixture.tensors.items():
+        found = re.fullmatch(r"out\.frames_per_latent(\d+)(?:_(first|last)(\d+))?", name)
+        if found:
+            some = int(found[3] or 0)
+            part = slice(some) if found[2] == "first" else slice(-some, None)
+            yield Check(name, pieces[int(found[1])][:, :, part], want)
+    latent = codec.net.encode(fixture["in.image"]).latent_dist
+    yield Check("out.posterior_mean", latent.mean, fixture["out.posterior_mean"])
+    yield Check("out.posterior_logvar", latent.logvar, fixture["out.posterior_logvar"])
+    yield Check("out.normalised_mean", codec.encode(fixture["in.image"]),
+                fixture["out.normalised_mean"])
+
+
 KINDS = {
+    "worldplay.rollout": rollout,
+    "worldplay.vae_stream": vae_stream,
     "worldplay.dit_cached_chunk": dit_cached_chunk,
     "worldplay.dit_first_chunk": dit_first_chunk,
     "worldplay.prope_attention": prope_attention,

@@ -17,7 +17,7 @@ from torch import Tensor
 from worldgym.camera import field_of_view
 from worldgym.errors import ConfigError, ShapeError
 from worldgym.models.prope import Cameras
-from worldgym.retrieval import Cloud, ball, geometry, nearest
+from worldgym.retrieval import Cloud, Distances, ball, geometry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class Scoring:
     """How views are compared; the defaults are the published score.
 
     ``fov``: degrees, None = that of the true intrinsics; ``distance_weight``: see
-    :func:`worldgym.retrieval.nearest`; ``seed``: of the random points, the same in every episode.
+    :class:`worldgym.retrieval.Distances`; ``seed``: of the random points, the same in every episode.
     """
 
     points: int = 50_000
@@ -101,14 +101,16 @@ class Reconstituted:
         return self._clouds[fov]
 
     def select(self, w2c_N44: np.ndarray, start: int, K_33: np.ndarray | None = None,
-               views: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+               views: tuple[np.ndarray, ...] | None = None) -> np.ndarray:
         """Frames, ascending, that the chunk which begins at frame ``start`` shall see.
 
         Args:
             w2c_N44: poses of all frames up to the end of the new chunk (fewer at an episode's end).
             start: first frame of the chunk, a multiple of ``chunk``.
             K_33: normalised intrinsics, for ``Scoring(fov=None)``.
-            views: ``geometry(w2c)`` of the past frames, where the caller keeps it.
+            views: of the past frames, where the caller keeps it (``History.views``):
+                ``geometry(w2c)``, and whether a chunk begins there that shows what an earlier one
+                shows: it can never be the best, and standing still costs nothing.
         """
         if start % self.chunk or len(w2c_N44) <= start:
             raise ShapeError("poses do not reach the new chunk", given=f"{len(w2c_N44)} poses, "
@@ -118,14 +120,16 @@ class Reconstituted:
             return np.arange(start)
         recent = np.arange(start - self.temporal, start)
         starts = np.arange(self.chunk * self.keep_first, start - self.temporal, self.chunk)
+        if views is not None and self.retrieved == 1:
+            starts = starts[~views[2][starts]]
         index = starts[:, None] + [0, self.chunk // 2]
         if views is None:
             centre, ahead = (x.reshape(-1, 2, 3) for x in geometry(w2c_N44[index.ravel()]))
         else:
-            centre, ahead = (x[index] for x in views)
-        best = starts[nearest(
-            w2c_N44[start:start + self.chunk], centre, ahead, self.cloud(K_33),
-            min(self.retrieved, len(starts)), distance_weight=self.scoring.distance_weight)]
+            centre, ahead = views[0][index], views[1][index]
+        distances = Distances(w2c_N44[start:start + self.chunk], centre, ahead, self.cloud(K_33),
+                              self.scoring.distance_weight)
+        best = starts[distances.nearest(self.retrieved)]
         first = [np.arange(self.chunk)] if self.keep_first else []
         found = [np.arange(b, b + self.chunk) for b in best]
         return np.sort(np.concatenate([*first, *found, recent]))
@@ -138,11 +142,12 @@ HUNYUAN_MEMORY = Reconstituted(total=20, keep_first=True)
 class _Rows:
     """Rows that only grow, shared by all histories that begin alike; doubling, never moved back."""
 
-    def __init__(self) -> None:
-        self.filled, self.latents = 0, list[Tensor]()
+    def __init__(self, chunk: int) -> None:
+        self.chunk, self.filled, self.latents = chunk, 0, list[Tensor]()
+        self.known: set[bytes] = set()
         self.numbers = {"w2c": np.zeros((0, 4, 4)), "K": np.zeros((0, 3, 3)),
                         "label": np.zeros(0, np.int64), "centre": np.zeros((0, 3)),
-                        "ahead": np.zeros((0, 3))}
+                        "ahead": np.zeros((0, 3)), "again": np.zeros(0, bool)}
 
     def add(self, latents: Sequence[Tensor], rows: dict[str, np.ndarray]) -> None:
         end = self.filled + len(latents)
@@ -151,12 +156,21 @@ class _Rows:
                 room = np.zeros((max(end, 2 * len(old), 64), *old.shape[1:]), old.dtype)
                 room[:self.filled] = old[:self.filled]
                 self.numbers[name] = room
-            self.numbers[name][self.filled:end] = rows[name]
+            self.numbers[name][self.filled:end] = rows.get(name, False)
+        # of every chunk that is complete now: was there one with the same views?
+        for start in range(self.filled // self.chunk * self.chunk, end - self.chunk + 1,
+                           self.chunk):
+            pair = [start, start + self.chunk // 2]
+            key = np.round(np.stack([self.numbers[n][pair] for n in ("centre", "ahead")]), 6)
+            key = (key + 0.0).tobytes()  # -0.0 is 0.0
+            self.numbers["again"][start] = key in self.known
+            if start:  # the first chunk may be kept anyway, and then is no candidate
+                self.known.add(key)
         self.latents.extend(latents)
         self.filled = end
 
     def head(self, length: int) -> "_Rows":
-        new = _Rows()
+        new = _Rows(self.chunk)
         new.add(self.latents[:length], {n: x[:length] for n, x in self.numbers.items()})
         return new
 
@@ -169,7 +183,12 @@ class History:
     """
 
     length: int = 0
-    rows: _Rows = field(default_factory=_Rows)
+    rows: _Rows = field(default_factory=lambda: _Rows(4))
+
+    @classmethod
+    def empty(cls, chunk: int = 4) -> "History":
+        """No frames yet; ``chunk``: latent frames of a chunk."""
+        return cls(0, _Rows(chunk))
 
     def append(self, latents_nCHW: Tensor, w2c_n44: np.ndarray, K_n33: np.ndarray,
                labels_n: np.ndarray) -> "History":
@@ -185,8 +204,13 @@ class History:
         return self.length
 
     def of(self, name: str) -> np.ndarray:
-        """Rows of all frames: w2c, K, label, centre or ahead."""
+        """Rows of all frames: w2c, K, label, centre, ahead or again."""
         return self.rows.numbers[name][:self.length]
+
+    @property
+    def views(self) -> tuple[np.ndarray, ...]:
+        """What ``Reconstituted.select`` needs of the past."""
+        return self.of("centre"), self.of("ahead"), self.of("again")
 
     def latents(self, index: Sequence[int] | np.ndarray | None = None) -> Tensor:
         """Latents (n, C, H, W) of some frames, or of all."""
@@ -202,16 +226,17 @@ class History:
                K_33: np.ndarray | None = None) -> np.ndarray:
         """Frames that a new chunk with these poses shall see."""
         poses = np.concatenate([self.of("w2c"), w2c_n44])
-        return policy.select(poses, self.length, K_33, (self.of("centre"), self.of("ahead")))
+        return policy.select(poses, self.length, K_33, self.views)
 
     def to_arrays(self) -> dict[str, Any]:
         """Everything as plain arrays and one tensor, to save; :meth:`from_arrays` reads it back."""
-        return {"latents": self.latents() if self.length else torch.zeros(0),
+        return {"chunk": self.rows.chunk, "latents": self.latents() if self.length else torch.zeros(0),
                 **{n: self.of(n).copy() for n in ("w2c", "K", "label")}}
 
     @classmethod
     def from_arrays(cls, data: dict[str, Any]) -> "History":
         """Inverse of :meth:`to_arrays`."""
+        empty = cls.empty(int(data["chunk"]))
         if not len(data["label"]):
-            return cls()
-        return cls().append(data["latents"], data["w2c"], data["K"], data["label"])
+            return empty
+        return empty.append(data["latents"], data["w2c"], data["K"], data["label"])

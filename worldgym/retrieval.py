@@ -16,7 +16,8 @@ import numpy as np
 
 from worldgym.errors import ConfigError
 
-LEVELS = (8, 64, 512)  # cells of points, from coarse to fine
+Cells = tuple[np.ndarray, np.ndarray, np.ndarray]  # centres (c, 3), radii (c,), numbers (c,)
+LEVELS = (16, 64, 512)  # cells of points, from coarse to fine
 SLACK = 1e-3  # of distances in float32
 BLOCK = 1 << 16  # numbers worked on at once: they stay in the cache
 
@@ -55,12 +56,12 @@ class Cloud:
         return self.points_M3[(np.abs(yaw) < half[0]) & (np.abs(pitch) < half[1])]
 
     @cached_property
-    def cells(self) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
-        """Per level: centres (c, 3), radii (c,), numbers of points (c,)."""
+    def cells(self) -> tuple[Cells, ...]:
+        """Cells of the points seen, per level."""
         return tuple(_cells(self.seen, n) for n in LEVELS if 4 * n <= len(self.seen))
 
 
-def _cells(points_M3: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cells(points_M3: np.ndarray, count: int) -> Cells:
     groups = [points_M3]
     while len(groups) < count:  # halve the widest axis of every group
         halves = []
@@ -73,81 +74,61 @@ def _cells(points_M3: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, n
     return centre, np.array(radius) + SLACK, np.array([len(g) for g in groups], np.float32)
 
 
-@dataclass(frozen=True)
 class Views:
-    """Past cameras in a query's coordinates: position (N, 3) and direction (N, 3)."""
+    """Past cameras in a query's coordinates: position (N, 3), and the edges of what they see."""
 
-    position_N3: np.ndarray
-    ahead_N3: np.ndarray
-    half: tuple[float, float]  # of the field of view, radians
-    radius: float
-
-    @cached_property
-    def _edges(self) -> tuple[np.ndarray, ...]:
-        x, y, z = self.ahead_N3.T
+    def __init__(self, position_N3: np.ndarray, ahead_N3: np.ndarray, fov: tuple[float, float],
+                 radius: float) -> None:
+        x, y, z = ahead_N3.T
         yaw, pitch = np.arctan2(x, z), np.arctan2(y, np.hypot(x, z))
-        up, down = (np.clip(pitch + s * self.half[1], -np.pi / 2, np.pi / 2) for s in (1, -1))
-        left, right = yaw - self.half[0], yaw + self.half[0]
-        wedge = (np.sin(right), np.cos(right), np.sin(left), np.cos(left))
-        cones = (np.sin(up), np.cos(up), np.sin(down), np.cos(down))
-        return tuple(e.astype(np.float32)[:, None] for e in (*wedge, *cones))
+        half = np.deg2rad(fov) / 2
+        cones = np.clip([pitch + half[1], pitch - half[1]], -np.pi / 2, np.pi / 2)
+        edges = np.concatenate([[yaw + half[0], yaw - half[0]], cones])
+        self.rows_11N = np.concatenate([position_N3.T, np.sin(edges), np.cos(edges)]
+                                       ).astype(np.float32)
+        self.position_N3, self.radius = position_N3, radius
 
-    def rows(self, index: np.ndarray) -> "Views":
-        """Some of the cameras."""
-        return Views(self.position_N3[index], self.ahead_N3[index], self.half, self.radius)
-
-    def depth(self, points_M3: np.ndarray) -> np.ndarray:
-        """How far inside each view each point lies (N, M), at most its distance to the edge."""
-        p = self.position_N3.astype(np.float32)
-        x, y, z = (points_M3[None, :, i] - p[:, None, i] for i in range(3))
-        sin_r, cos_r, sin_l, cos_l, sin_u, cos_u, sin_d, cos_d = self._edges
-        flat = x * x + z * z
-        out = self.radius - np.sqrt(flat + y * y)
+    def depth(self, index: np.ndarray, points_M3: np.ndarray) -> np.ndarray:
+        """How far inside some views each point lies (n, M), at most its distance to the edge."""
+        r = self.rows_11N[:, index, None]
+        px, py, pz, sin_r, sin_l, sin_u, sin_d, cos_r, cos_l, cos_u, cos_d = r
+        x, y, z = (points_M3[None, :, i] - p for i, p in enumerate((px, py, pz)))
+        flat = x * x
+        flat += z * z
+        out = y * y
+        out += flat
+        np.sqrt(out, out=out)
+        np.subtract(self.radius, out, out=out)
         np.sqrt(flat, out=flat)
+        one, two = np.empty_like(out), np.empty_like(out)
         for a, b, c, d in ((sin_r, z, cos_r, x), (cos_l, x, sin_l, z),
                            (sin_u, flat, cos_u, y), (cos_d, y, sin_d, flat)):
-            np.minimum(out, a * b - c * d, out=out)
+            np.multiply(a, b, out=one)
+            np.multiply(c, d, out=two)
+            one -= two
+            np.minimum(out, one, out=out)
         return out
 
+    def hits(self, index: np.ndarray, points_M3: np.ndarray) -> np.ndarray:
+        """How many points some views see (n,)."""
+        out = np.zeros(len(index))
+        for block in _blocks(len(index), len(points_M3)):
+            out[block] = np.count_nonzero(self.depth(index[block], points_M3) > 0, axis=1)
+        return out
 
-def views_of(query_w2c_44: np.ndarray, centre_N3: np.ndarray, ahead_N3: np.ndarray,
-             cloud: Cloud, fov: tuple[float, float] | None = None) -> Views:
-    """Cameras (their centre and direction in the world) as a query camera has them before it."""
-    turn, move = query_w2c_44[:3, :3], query_w2c_44[:3, 3]
-    half = np.deg2rad(fov or cloud.fov) / 2
-    return Views(centre_N3 @ turn.T + move, ahead_N3 @ turn.T, (half[0], half[1]), cloud.radius)
+    def bounds(self, index: np.ndarray, cells: Cells) -> tuple[np.ndarray, np.ndarray]:
+        """Least and most hits (n,) that cells of points allow."""
+        centre, radius, count = cells
+        low, high = np.zeros((2, len(index)))
+        for block in _blocks(len(index), len(centre)):
+            depth = self.depth(index[block], centre)
+            low[block], high[block] = (depth > radius) @ count, (depth > -radius) @ count
+        return low, high
 
 
 def _blocks(count: int, width: int) -> Iterator[slice]:
     step = max(1, BLOCK // max(1, width))
     return (slice(i, i + step) for i in range(0, count, step))
-
-
-def hits(views: Views, cloud: Cloud) -> np.ndarray:
-    """How many of the query's points each view sees too (N,)."""
-    out, index = np.zeros(len(views.position_N3)), np.arange(len(views.position_N3))
-    for block in _blocks(len(out), len(cloud.seen)):
-        out[block] = (views.rows(index[block]).depth(cloud.seen) > 0).sum(1)
-    return out
-
-
-def bounds(views: Views, cell: tuple[np.ndarray, np.ndarray, np.ndarray]
-           ) -> tuple[np.ndarray, np.ndarray]:
-    """Least and most hits (N,) that cells of points allow."""
-    centre, radius, count = cell
-    low, high = (np.zeros(len(views.position_N3)) for _ in range(2))
-    index = np.arange(len(low))
-    for block in _blocks(len(low), len(centre)):
-        depth = views.rows(index[block]).depth(centre)
-        low[block], high[block] = (depth > radius) @ count, (depth > -radius) @ count
-    return low, high
-
-
-def overlap(query_w2c_44: np.ndarray, past_w2c_44: np.ndarray, cloud: Cloud) -> float:
-    """Share of the points that the query sees which the past camera sees too; 0 if none."""
-    centre, ahead = geometry(past_w2c_44[None])
-    seen = hits(views_of(query_w2c_44, centre, ahead, cloud), cloud)
-    return float(seen[0]) / max(1, len(cloud.seen))
 
 
 def geometry(w2c_N44: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,55 +137,77 @@ def geometry(w2c_N44: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return -np.einsum("nji,nj->ni", turn, w2c_N44[:, :3, 3]), turn[:, 2].copy()
 
 
-def nearest(query_w2c_Q44: np.ndarray, centre_N23: np.ndarray, ahead_N23: np.ndarray,
-            cloud: Cloud, most: int = 1, fov: tuple[float, float] | None = None,
-            distance_weight: float = 0.0) -> np.ndarray:
-    """The candidates whose distance is least, in order; of equals the earlier one.
+def overlap(query_w2c_44: np.ndarray, past_w2c_44: np.ndarray, cloud: Cloud) -> float:
+    """Share of the points that the query sees which the past camera sees too; 0 if none."""
+    centre, ahead = geometry(past_w2c_44[None])
+    turn = query_w2c_44[:3, :3]
+    views = Views(centre @ turn.T + query_w2c_44[:3, 3], ahead @ turn.T, cloud.fov, cloud.radius)
+    return float(views.hits(np.zeros(1, int), cloud.seen)[0]) / max(1, len(cloud.seen))
 
-    The distance of a candidate is the mean over queries and its two cameras of 1 - overlap.
+
+class Distances:
+    """Distance of candidates from a chunk: the mean over its cameras q and the candidate's two of
+    1 - overlap(q, candidate), exactly or between bounds.
 
     Args:
         query_w2c_Q44: the cameras of the coming chunk.
         centre_N23: two camera centres per candidate; ``ahead_N23``: their directions.
         cloud: points in front of a query.
-        most: how many candidates to return.
-        fov: of the past cameras; default: the cloud's.
         distance_weight: adds this times the mean distance of the cameras over the radius (at
             most 1); the published score has none.
     """
-    n, pairs = len(centre_N23), 2 * len(query_w2c_Q44)
-    every = [views_of(q, centre_N23.reshape(-1, 3), ahead_N23.reshape(-1, 3), cloud, fov)
-             for q in query_w2c_Q44]
-    points = max(1, len(cloud.seen))
-    far = np.zeros(n)
-    if distance_weight:
-        off = np.mean([np.linalg.norm(v.position_N3, axis=1) for v in every], 0) / cloud.radius
-        far = distance_weight * np.minimum(off, 1).reshape(n, 2).mean(1)
-    left, low = np.arange(n), np.zeros(n)
-    for cell in cloud.cells:
-        if len(left) <= most:
-            break
-        low, high = _distances(every, left, lambda v, c=cell: bounds(v, c), points, pairs)
-        low, high = low + far[left], high + far[left]
-        keep = low <= np.partition(high, most - 1)[most - 1] + 1e-9
-        left, low = left[keep], low[keep]
-    order = np.argsort(low, kind="stable") if len(low) == len(left) else np.arange(len(left))
-    exact, worst, step = np.full(n, np.inf), np.inf, 8
-    for start in range(0, len(left), step):  # most promising first
-        some = left[order[start:start + step]]
-        some = some[low[order[start:start + step]] <= worst + 1e-9]
-        if not len(some):
-            break
-        both = _distances(every, some, lambda v: (hits(v, cloud),) * 2, points, pairs)
-        exact[some] = both[0] + far[some]
-        worst = np.partition(exact, min(most, n) - 1)[min(most, n) - 1]
-    return np.argsort(exact, kind="stable")[:most]
 
+    def __init__(self, query_w2c_Q44: np.ndarray, centre_N23: np.ndarray, ahead_N23: np.ndarray,
+                 cloud: Cloud, distance_weight: float = 0.0) -> None:
+        q, n = len(query_w2c_Q44), len(centre_N23)
+        turn, move = query_w2c_Q44[:, :3, :3], query_w2c_Q44[:, :3, 3]
+        position, ahead = (x.reshape(-1, 3) @ np.swapaxes(turn, 1, 2) for x in
+                           (centre_N23, ahead_N23))
+        position += move[:, None]
+        self.cloud, self.pairs = cloud, 2 * q * max(1, len(cloud.seen))
+        self.views = Views(position.reshape(-1, 3), ahead.reshape(-1, 3), cloud.fov, cloud.radius)
+        self.rows_NP = (np.arange(q)[:, None] * 2 * n + np.arange(2)).reshape(1, -1) + (
+            2 * np.arange(n)[:, None])
+        away = np.linalg.norm(position, axis=-1).reshape(q, n, 2).mean((0, 2)) / cloud.radius
+        # where to look first: near, and looking the same way
+        self.guess_N = away - ahead[..., 2].reshape(q, n, 2).mean((0, 2))
+        self.extra_N = distance_weight * np.minimum(away, 1)
 
-def _distances(every: list[Views], index: np.ndarray, count, points: int, pairs: int
-               ) -> tuple[np.ndarray, np.ndarray]:
-    """Least and most distance of some candidates, from hits summed over queries and cameras."""
-    rows = (2 * index[:, None] + np.arange(2)).ravel()
-    counted = [count(views.rows(rows)) for views in every]
-    least, most = (sum(c[i].reshape(-1, 2).sum(1) for c in counted) for i in (0, 1))
-    return 1 - most / (pairs * points), 1 - least / (pairs * points)
+    def exact(self, index: np.ndarray) -> np.ndarray:
+        """Distances of some candidates."""
+        seen = self.views.hits(self.rows_NP[index].ravel(), self.cloud.seen)
+        return 1 - seen.reshape(len(index), -1).sum(1) / self.pairs + self.extra_N[index]
+
+    def least(self, index: np.ndarray, cells: Cells) -> np.ndarray:
+        """What the distances of some candidates are at least."""
+        high = self.views.bounds(self.rows_NP[index].ravel(), cells)[1]
+        return 1 - high.reshape(len(index), -1).sum(1) / self.pairs + self.extra_N[index]
+
+    def nearest(self, most: int = 1) -> np.ndarray:
+        """The ``most`` candidates of least distance, in order; of equals the earlier one."""
+        n = len(self.guess_N)
+        most = min(most, n)
+        exact, low = np.full(n, np.inf), np.full(n, -np.inf)
+
+        def measure(some: np.ndarray) -> float:
+            exact[some] = self.exact(some)
+            return float(np.partition(exact, most - 1)[most - 1]) + 1e-9
+
+        limit = measure(np.argpartition(self.guess_N, most - 1)[:most])
+        left = np.flatnonzero(np.isinf(exact))
+        for cells in self.cloud.cells:
+            if len(left) <= most:
+                break
+            low[left] = self.least(left, cells)
+            left = left[low[left] <= limit]
+            if len(left) > most:  # the most promising one sharpens the limit
+                limit = measure(left[[low[left].argmin()]])
+                left = left[np.isinf(exact[left]) & (low[left] <= limit)]
+        left = left[np.argsort(low[left], kind="stable")]
+        for start in range(0, len(left), 8):
+            some = left[start:start + 8]
+            some = some[low[some] <= limit]
+            if not len(some):
+                break
+            limit = measure(some)
+        return np.argsort(exact, kind="stable")[:most]

@@ -216,6 +216,16 @@ class Euler:
         self.sigmas_S = shift * u_S / (1 + (shift - 1) * u_S)
         self.timesteps_S = TRAIN_STEPS * self.sigmas_S
 
+    @classmethod
+    def at(cls, timesteps: Sequence[float]) -> Euler:
+        """The steps of a list of falling timesteps in (0, 1000]; a closing 0 is left out."""
+        steps = [float(t) for t in timesteps if t != 0]
+        FewStep(tuple(steps), tuple(steps))  # refuses impossible lists
+        made = cls(len(steps))
+        made.timesteps_S = torch.tensor(steps)
+        made.sigmas_S = made.timesteps_S / TRAIN_STEPS
+        return made
+
     def __len__(self) -> int:
         return len(self.sigmas_S)
 
