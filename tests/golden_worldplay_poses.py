@@ -10,6 +10,10 @@ from golden import Check, Fixture, FixtureError
 
 from worldgym import camera, trajectory
 from worldgym.errors import ActionError
+from worldgym.models.wan import block_ids, causal_frame_mask
+from worldgym.reconstituted import Reconstituted
+from worldgym.retrieval import Cloud, Distances, geometry, overlap
+from worldgym.schedule import chunk_times, context_times
 
 EXACT = (0.0, 0.0)
 
@@ -69,4 +73,61 @@ def _motions(fixture: Fixture) -> Iterator[Check]:
     yield _poses("third.c2w", camera.walk(camera.motions(fixture.get("third_motions"))), fixture)
 
 
-KINDS = {"worldplay.pose_conversion": pose_conversion}
+def memory_retrieval(fixture: Fixture) -> Iterator[Check]:
+    """Choices of both rules exactly, distances and overlaps; the published random points."""
+    points, near = fixture["in.points"].numpy(), float(fixture.get("distance_atol"))
+    rules = {"wan": Reconstituted(points_M3=points),
+             "hunyuan": Reconstituted(total=20, keep_first=True, points_M3=points)}
+    for case in fixture.get("cases"):
+        start, name = int(case["current_frame_idx"]), case["trajectory"]
+        w2c = fixture[f"in.w2c.{name}"].double().numpy()[:start + rules["wan"].chunk]
+        for rule, memory in rules.items():
+            margin = case.get("margin" if rule == "wan" else f"{rule}_margin")
+            if rule in case and not (margin and margin < 1e-4):
+                got = memory.select(w2c, start)
+                yield _numbers(f"{name} at {start}, {rule}", [len(got), *got],
+                               [len(case[rule]), *case[rule]])
+        if "wan_candidates" in case:
+            index = np.array(case["wan_candidates"])[:, None] + [0, 2]
+            centre, ahead = (x.reshape(-1, 2, 3) for x in geometry(w2c[index.ravel()]))
+            distances = Distances(w2c[start:], centre, ahead, rules["wan"].cloud())
+            yield Check(f"{name} at {start}, distances",
+                        torch.from_numpy(distances.exact(np.arange(len(index)))),
+                        torch.tensor(case["wan_distance"]), (near, 0.0))
+    for case in fixture.get("overlaps"):
+        w2c = fixture[f"in.w2c.{case['trajectory']}"].double().numpy()
+        for name in [k for k in case if k.startswith("overlap_")]:
+            fov = tuple(float(x) for x in name.removeprefix("overlap_").split("x"))
+            cloud = Cloud(points, fov=fov)  # type: ignore[arg-type]
+            got = overlap(w2c[case["current"]], w2c[case["history"]], cloud)
+            yield Check(f"{case['trajectory']} {name}", torch.tensor(got),
+                        torch.tensor(case[name]), (float(fixture.get("atol_overlap")), 0.0))
+    drawn = torch.from_numpy(Reconstituted().points)
+    yield Check("points", drawn[:16], fixture["ref.points50k_seed0_first16"], (1e-5, 0.0))
+    yield Check("points, spread", torch.stack([drawn.mean(0), drawn.std(0)]),
+                fixture["ref.points50k_seed0_mean_std"], (1e-4, 0.0))
+
+
+def training_schedule(fixture: Fixture) -> Iterator[Check]:
+    """Timesteps of chunks and of context chunks; who sees whom. The JSON holds everything."""
+    u = torch.tensor(fixture.get("u"), dtype=torch.float64)
+    times = chunk_times(u, shift=float(fixture.get("time_shift")))
+    yield _numbers("u_index", torch.floor(1000 * u).numpy(), fixture.get("u_index"))
+    yield _numbers("timesteps", times.numpy(), fixture.get("timesteps"))
+    yield Check("sigmas", times / 1000, torch.tensor(fixture.get("sigmas")), (1e-7, 0.0))
+    past = fixture.get("memory_context")
+    yield _numbers("context", context_times(torch.tensor(past["index"])).numpy(), past["timestep"])
+    case = fixture.get("chunk_causal_mask")
+    text, tokens = int(case["text_tokens"]), int(case["tokens_per_latent"])
+    mask = causal_frame_mask(block_ids(int(case["latents"]), int(case["chunk_latents"])))
+    counts = text + tokens * mask.sum(1).repeat_interleave(tokens)
+    yield _numbers("mask", torch.cat([torch.full((text,), text), counts]).numpy(),
+                   case["row_true_counts"])
+
+
+KINDS = {
+    "worldplay.memory_retrieval": memory_retrieval,
+    "worldplay.pose_conversion": pose_conversion,
+    "worldplay.training_schedule": training_schedule,
+}
+JSON_ONLY = frozenset({"worldplay.training_schedule"})

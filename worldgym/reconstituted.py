@@ -73,7 +73,8 @@ class Reconstituted:
         return self.total
 
     @cached_property
-    def _points(self) -> np.ndarray:
+    def points(self) -> np.ndarray:
+        """Points (M, 3) in the ball around a camera; they do not change."""
         if self.points_M3 is not None:
             return np.asarray(self.points_M3, np.float32)
         generator = torch.Generator().manual_seed(self.scoring.seed)
@@ -97,7 +98,7 @@ class Reconstituted:
         if fov not in self._clouds:
             while len(self._clouds) > 8:  # a zooming camera: few are needed at a time
                 self._clouds.pop(next(iter(self._clouds)))
-            self._clouds[fov] = Cloud(self._points, self.scoring.radius, fov)
+            self._clouds[fov] = Cloud(self.points, self.scoring.radius, fov)
         return self._clouds[fov]
 
     def select(self, w2c_N44: np.ndarray, start: int, K_33: np.ndarray | None = None,

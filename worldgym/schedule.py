@@ -235,6 +235,27 @@ class Euler:
         return x + flow * (end - self.sigmas_S[i]).to(x.device)
 
 
+def chunk_times(u: Tensor, *, shift: float = 3.0) -> Tensor:
+    """Training timesteps of chunks (worldplay spec 12), whole numbers in 1..1000.
+
+    Args:
+        u: numbers in (0, 1), e.g. the sigmoid of standard normal ones, one per chunk; cut down to
+            thousandths first.
+        shift: time shift; 1 = none.
+    """
+    shift = _need_shift(shift)
+    part = torch.floor(u.double() * TRAIN_STEPS) / TRAIN_STEPS
+    shifted = TRAIN_STEPS * shift * part / (1 + (shift - 1) * part)
+    # a row of the falling table 1000, 999, ... is chosen by cutting 1000 - t down
+    return TRAIN_STEPS - torch.floor(TRAIN_STEPS - shifted)
+
+
+def context_times(row: Tensor) -> Tensor:
+    """Timestep of rows of the unshifted falling table: 1000 - row (memory training, rows 500..984).
+    """
+    return TRAIN_STEPS - row.double()
+
+
 class UniPC:
     """Multi-step solver of order 2 ("bh2", x0 form; actionparty spec 3.4), one chunk at a time.
 

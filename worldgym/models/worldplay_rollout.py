@@ -157,6 +157,6 @@ def start_image(image_HWC: np.ndarray, frame_hw: Sequence[int]) -> Tensor:
     # at least the frame: the product may come out a hair below a whole number
     size = max(width, int(w * scale)), max(height, int(h * scale))
     big = np.asarray(picture.fromarray(image).resize(size, picture.Resampling.LANCZOS))
-    top, left = round((size[1] - height) / 2), round((size[0] - width) / 2)
+    top, left = (size[1] - height) // 2, (size[0] - width) // 2
     cut = torch.from_numpy(big[top:top + height, left:left + width].copy())
     return (cut.permute(2, 0, 1).float() / 127.5 - 1)[None, :, None]
