@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worldgym import camera
 from worldgym.checkpoint import load_into
+from worldgym.models.hunyuan import HunyuanConfig, HunyuanDiT
 from worldgym.models.prope import Cameras
 from worldgym.models.wan import WanConfig
 from worldgym.models.wan_vae import WanVAE
@@ -165,6 +166,43 @@ def prope_attention(fixture: Fixture) -> Iterator[Check]:
     yield Check("in a moved world", run(moved)["out"].transpose(1, 2), fixture["out.prope"])
 
 
+def hunyuan_cached_chunk(fixture: Fixture) -> Iterator[Check]:
+    """Text pass, context pass, a chunk with both, and a first chunk with the text alone."""
+    held = weights(fixture)
+    mlp = held["txt_in.individual_token_refiner.blocks.0.mlp.fc1.weight"]
+    cfg = HunyuanConfig.from_dict({
+        **fixture.get("config"), "refiner_ratio": mlp.shape[0] / mlp.shape[1],
+        "refiner_depth": 1 + max(int(n.split(".")[3]) for n in held if "refiner.blocks" in n)})
+    with torch.device("meta"):
+        model = HunyuanDiT(cfg)
+    model = load_into(model, held).eval()
+    text = model.text(model.tokens(fixture["in.text_states"], fixture["in.text_mask"],
+                                   fixture["in.vision_states"]))
+    past, now = given(fixture, "in.ctx."), given(fixture)
+    times = past.pop("t")
+    if bool((times != times[0, 0]).any()):
+        raise FixtureError("context frames have different timesteps")
+    context = model.context(**past, text_kv=text, t=float(times[0, 0]))
+    n, frames = int(fixture.get("n_ctx")), now["x_BCFHW"].shape[2]
+    seen = {"out.velocity": model(**now, text_kv=text, context=context,
+                                  frame_index_BF=n + torch.arange(frames)),
+            "out.velocity_chunk0": model(**now, text_kv=text)}
+    for i, (k, v) in enumerate(text):
+        both = torch.cat([torch.stack(x) for x in (context.position[i], context.camera[i])], 1)
+        for name, plain, pair in (("k", k, both[0]), ("v", v, both[1])):
+            seen[f"out.cache{i}.{name}_txt"] = plain.transpose(1, 2)
+            seen[f"out.cache{i}.{name}_vision"] = pair.transpose(1, 2)
+    grid = tuple(fixture.get("latent_hw"))
+    cos, sin = _table(model.table(torch.arange(n + frames)[None], grid))  # type: ignore[arg-type]
+    yield from compare(fixture, {**seen, "mid.rope_cos": cos, "mid.rope_sin": sin})
+    for shift, want in fixture.get("few_step_schedules").items():
+        table = Euler(len(want["timesteps"]), shift=float(shift))
+        sigmas = torch.cat([table.sigmas_S, torch.zeros(1)])
+        yield Check(f"sigmas {shift}", sigmas, torch.tensor(want["sigmas"]), (1e-6, 0.0))
+        yield Check(f"times {shift}", table.timesteps_S, torch.tensor(want["timesteps"]),
+                    (0.0, 1e-6))
+
+
 # --------------------------------------------------------------------------- whole rollouts
 
 
@@ -268,6 +306,7 @@ def vae_stream(fixture: Fixture) -> Iterator[Check]:
 
 
 KINDS = {
+    "worldplay.hunyuan_cached_chunk": hunyuan_cached_chunk,
     "worldplay.rollout": rollout,
     "worldplay.vae_stream": vae_stream,
     "worldplay.dit_cached_chunk": dit_cached_chunk,

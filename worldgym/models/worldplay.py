@@ -45,6 +45,12 @@ def config_of(data: Mapping[str, Any]) -> WanConfig:
     return WanConfig.from_dict(known)
 
 
+def angles32(value: Tensor, half: int) -> Tensor:
+    """Angles of the published sinusoids (..., half): value * 10000^(-j / half), in float32."""
+    power = torch.arange(half, dtype=torch.float32, device=value.device) / half
+    return value.float()[..., None] * torch.exp(-math.log(10000) * power)
+
+
 class WorldPlayDiT(WanDiT):
     """``WanDiT`` that knows where the camera is and what was pressed.
 
@@ -82,9 +88,7 @@ class WorldPlayDiT(WanDiT):
 
     def angles(self, value_BF: Tensor) -> Tensor:
         """As in ``WanDiT``, but in float32: so the network was trained, and it shows (5e-5)."""
-        half = self.cfg.freq_dim // 2
-        power = torch.arange(half, dtype=torch.float32, device=value_BF.device) / half
-        return value_BF.float()[..., None] * torch.exp(-math.log(10000) * power)
+        return angles32(value_BF, self.cfg.freq_dim // 2)
 
     def actions(self, labels_BF: Tensor) -> Tensor:
         """Embedding (B, F, D) of labels 0..80; the number itself is the sinusoid's position."""
