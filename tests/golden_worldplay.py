@@ -169,10 +169,8 @@ def prope_attention(fixture: Fixture) -> Iterator[Check]:
 def hunyuan_cached_chunk(fixture: Fixture) -> Iterator[Check]:
     """Text pass, context pass, a chunk with both, and a first chunk with the text alone."""
     held = weights(fixture)
-    mlp = held["txt_in.individual_token_refiner.blocks.0.mlp.fc1.weight"]
-    cfg = HunyuanConfig.from_dict({
-        **fixture.get("config"), "refiner_ratio": mlp.shape[0] / mlp.shape[1],
-        "refiner_depth": 1 + max(int(n.split(".")[3]) for n in held if "refiner.blocks" in n)})
+    cfg = HunyuanConfig.from_shapes({k: tuple(v.shape) for k, v in held.items()},
+                                    fixture.get("config"))
     with torch.device("meta"):
         model = HunyuanDiT(cfg)
     model = load_into(model, held).eval()

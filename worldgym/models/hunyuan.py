@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldgym.attention import attention
-from worldgym.errors import ConfigError, ShapeError
+from worldgym.errors import CheckpointError, ConfigError, ShapeError
 from worldgym.models.prope import Cameras, Projection
 from worldgym.models.wan import MIN_ROWS, Block, RMSNorm
 from worldgym.models.worldplay import CONTEXT_TIME, Context, angles32
@@ -78,6 +78,41 @@ class HunyuanConfig:
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
                                  for k, v in data.items() if k in names}
         return cls(**known)
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]],
+                    hints: Mapping[str, Any] | None = None) -> "HunyuanConfig":
+        """Sizes read off the tensors of a checkpoint; rotary widths come from ``hints``."""
+        refiner, block = "txt_in.individual_token_refiner.blocks.", "double_blocks."
+        try:
+            dim, channels = shapes["img_in.proj.weight"][:2]
+            latent = shapes["final_layer.linear.weight"][0]
+            head = shapes["double_blocks.0.img_attn_q_norm.weight"][0]
+            seen: dict[str, Any] = {
+                "hidden_size": dim, "heads_num": dim // head, "in_channels": latent,
+                "out_channels": latent, "concat_condition": channels == 2 * latent + 1,
+                "mm_double_blocks_depth": 1 + max(
+                    int(n.split(".")[1]) for n in shapes if n.startswith(block)),
+                "mlp_width_ratio": shapes["double_blocks.0.img_mlp.fc1.weight"][0] / dim,
+                "text_states_dim": shapes["txt_in.input_embedder.weight"][1],
+                "vision_states_dim": shapes["vision_in.proj.1.weight"][1],
+                "glyph_byT5_v2": "byt5_in.fc1.weight" in shapes,
+                "use_cond_type_embedding": "cond_type_embedding.weight" in shapes,
+                "refiner_depth": 1 + max(
+                    int(n.split(".")[3]) for n in shapes if n.startswith(refiner)),
+                "refiner_ratio": shapes[refiner + "0.mlp.fc1.weight"][0] / dim}
+            if seen["glyph_byT5_v2"]:
+                hidden, states = shapes["byt5_in.fc1.weight"]
+                seen |= {"byt5_states_dim": states, "byt5_hidden": hidden}
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                "not the tensors of WorldPlay's Hunyuan network",
+                given=f"{len(shapes)} tensors ({error!r})",
+                expected="img_in, txt_in, vision_in, double_blocks.*, final_layer",
+                fix="give the folder or file of the network's own weights") from error
+        free = {k: (hints or {})[k] for k in ("rope_dim_list", "rope_theta", "eps")
+                if k in (hints or {})}
+        return cls.from_dict({**seen, **free})
 
     @property
     def input_channels(self) -> int:
