@@ -140,6 +140,8 @@ def train_in_dream(task: Any, config: TrainConfig, folder: str | Path, *,
              "distrust": task.distrust, "penalty": task.penalty,
              "hazard": task.hazard, "forks": task.forks,
              "world": str(getattr(task.world, "fingerprint", task.world.spec.name))}
+    if not licence.may_train_on_outputs:
+        facts["right_to_train"] = f"stated by the user; {licence.name} as published forbids it"
     return train(make, config, folder, facts)
 
 

@@ -24,8 +24,8 @@ from worldgym.retrieval import Cloud, Distances, ball, geometry
 class Scoring:
     """How views are compared; the defaults are the published score.
 
-    ``fov``: degrees, None = that of the true intrinsics; ``distance_weight``: see
-    :class:`worldgym.retrieval.Distances`; ``seed``: of the random points, the same in every episode.
+    ``fov``: degrees, None = that of the true intrinsics of the new chunk; ``distance_weight``: see
+    :class:`worldgym.retrieval.Distances`; ``seed``: of the random points, the same in all episodes.
     """
 
     points: int = 50_000
@@ -230,8 +230,9 @@ class History:
         return policy.select(poses, self.length, K_33, self.views)
 
     def to_arrays(self) -> dict[str, Any]:
-        """Everything as plain arrays and one tensor, to save; :meth:`from_arrays` reads it back."""
-        return {"chunk": self.rows.chunk, "latents": self.latents() if self.length else torch.zeros(0),
+        """Everything as plain arrays and a tensor, to save; :meth:`from_arrays` reads it back."""
+        latents = self.latents() if self.length else torch.zeros(0)
+        return {"chunk": self.rows.chunk, "latents": latents,
                 **{n: self.of(n).copy() for n in ("w2c", "K", "label")}}
 
     @classmethod

@@ -45,7 +45,7 @@ class ChunkStepper:
     """The few-step chunk loop with reconstituted memory.
 
     Args:
-        dit: the network, e.g. ``WorldPlayDiT``; called with ``context`` and for contexts.
+        dit: ``WorldPlayDiT`` or ``HunyuanDiT`` (whose texts are what ``tokens`` returns).
         memory: which past frames a chunk sees.
         sampler: noise levels; the published four by default.
         context_time: timestep at which clean context latents are encoded, and at which the given
@@ -56,6 +56,7 @@ class ChunkStepper:
                  context_time: float = CONTEXT_TIME) -> None:
         self.dit, self.memory, self.context_time = dit, memory, context_time
         self.sampler = sampler or Euler.at(TIMESTEPS)
+        self.overwrites = not hasattr(dit, "inputs")  # else conditions are channels of the input
 
     def select(self, histories: Sequence[History], moves: Moves) -> list[np.ndarray]:
         """Context frames of every slot, ascending; empty at the first chunk."""
@@ -77,7 +78,9 @@ class ChunkStepper:
             moves: poses and labels of the new frames.
             context_BLD: text of every slot. Another text than before takes effect at once, in the
                 context too, which is encoded anew: a prompt switch needs nothing else.
-            first_BC1HW: clean latent of a start image; for slots at their first chunk only.
+            first_BC1HW: clean latent of a start image; for slots at their first chunk only, which
+                it replaces a frame of. The Hunyuan variant shows it to the network instead, and
+                needs it at every step.
             chosen: context frames, if ``select`` was called already.
             watch: called with (pass, sample) for each group of slots.
 
@@ -92,7 +95,7 @@ class ChunkStepper:
                 f"labels {moves.labels_Bn.shape}, noise for {b} x {n} frames",
                 expected=f"as many slots of each, chunks of {self.memory.chunk} latent frames",
                 fix="give one pose and label per slot and latent frame")
-        if first_BC1HW is not None and any(len(h) for h in histories):
+        if first_BC1HW is not None and self.overwrites and any(len(h) for h in histories):
             raise ConfigError("a start image in the middle of an episode",
                               given=[len(h) for h in histories], expected="slots without a past",
                               fix="step slots that begin apart from the others")
@@ -108,8 +111,8 @@ class ChunkStepper:
         w2c, K = (None if x is None else x.double().numpy(force=True)
                   for x in (moves.cameras.w2c_BF44, moves.cameras.K_BF33))
         ones = np.repeat(np.eye(3)[None], n, 0)
-        grown = [h.append(out[i].transpose(0, 1), w2c[i], ones if K is None else K[i], moves.labels_Bn[i])
-                 for i, h in enumerate(histories)]
+        grown = [h.append(out[i].transpose(0, 1), w2c[i], ones if K is None else K[i],
+                          moves.labels_Bn[i]) for i, h in enumerate(histories)]
         return out, grown, chosen
 
     def _group(self, histories: list[History], x: Tensor, moves: Moves, text: Tensor,
@@ -120,6 +123,12 @@ class ChunkStepper:
         now = moves.cameras.seen_from(here)
         labels = torch.from_numpy(moves.labels_Bn).to(**place)
         given: dict[str, Any] = {"text_kv": self.dit.text(text)}
+        shown, first = (None, first) if self.overwrites else (first, None)
+
+        def inputs(latents: Tensor, frames_Bn: np.ndarray) -> Tensor:
+            return latents if self.overwrites else self.dit.inputs(
+                latents, torch.from_numpy(frames_Bn).to(**place), shown)
+
         context = None
         if length:
             past = [h.cameras(c) for h, c in zip(histories, chosen, strict=True)]
@@ -129,16 +138,17 @@ class ChunkStepper:
             latents = torch.stack([h.latents(c) for h, c in zip(histories, chosen, strict=True)])
             old = np.stack([h.of("label")[c] for h, c in zip(histories, chosen, strict=True)])
             context = self.dit.context(
-                latents.transpose(1, 2).to(x), labels_BF=torch.from_numpy(old).to(**place),
-                cameras=cameras, t=self.context_time, **given)
+                inputs(latents.transpose(1, 2).to(x), np.stack(chosen)),
+                labels_BF=torch.from_numpy(old).to(**place), cameras=cameras, t=self.context_time, **given)
         index = length + torch.arange(n, **place)
+        frames = np.array([len(h) for h in histories])[:, None] + np.arange(n)
         for i, t in enumerate(self.sampler.timesteps_S.tolist()):
             times = torch.full((len(x), n), t, **place)
             if first is not None:
                 x = torch.cat([first.to(x), x[:, :, 1:]], 2)
                 times[:, 0] = self.context_time
-            flow = self.dit(x, times, labels_BF=labels, cameras=now, context=context,
-                            frame_index_BF=index, **given)
+            flow = self.dit(inputs(x, frames), times, labels_BF=labels, cameras=now,
+                            context=context, frame_index_BF=index, **given)
             x = self.sampler.step(x, flow, i)
             if watch is not None:
                 watch(i, x)
