@@ -4,7 +4,7 @@ Shapes: N latent frame. Poses are 4 x 4, float64, column vectors; c2w camera to 
 inverse; x right, y down, z forward. Lengths have no unit; one motion is one latent frame (four
 pictures). A label is ``9 * move + turn``:
 
-    move  0 none  1 forward  2 backward  3 right  4 left  5..8 (forward, backward) x (right, left)
+    move  0 none  1 forward  2 backward  3 right  4 left  5..8 (ahead, back) x (right, left)
     turn  0 none  1 right    2 left      3 up     4 down  5..8 (right, left) x (up, down)
 """
 

@@ -6,7 +6,7 @@ same two additions as the Wan variant: actions in the time embedding, cameras in
 every self-attention. The text stream sees only itself, so its keys and values are worked out once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -124,6 +124,13 @@ def _linears(*pairs: tuple[str, int, int]) -> nn.ModuleDict:
     return nn.ModuleDict({name: nn.Linear(a, b) for name, a, b in pairs})
 
 
+def _few_rows(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``layer(x)`` with the bits that a row has among many (see MIN_ROWS)."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = layer(F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - len(rows)))))[:len(rows)]
+    return out.unflatten(0, x.shape[:-1])
+
+
 class _Waves(nn.Module):
     """Sinusoid and two-layer embedding of a number."""
 
@@ -134,9 +141,7 @@ class _Waves(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         angle = angles32(value, WAVE // 2)
         wave = torch.cat([angle.cos(), angle.sin()], -1).to(self.mlp[0].weight.dtype)
-        rows = wave.reshape(-1, WAVE)  # padded: see MIN_ROWS
-        out = self.mlp(F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - len(rows)))))[:len(rows)]
-        return out.unflatten(0, value.shape)
+        return _few_rows(self.mlp, wave)
 
 
 class _RefinerBlock(nn.Module):
@@ -217,8 +222,7 @@ class _DoubleBlock(nn.Module):
 
     def modulation(self, stream: str, vec_BFD: Tensor) -> tuple[Tensor, ...]:
         """Six of (B, F, 1, D): worked out per frame, not per token."""
-        rows = F.silu(vec_BFD)
-        out = self.get_submodule(f"{stream}_mod.linear")(rows)
+        out = _few_rows(self.get_submodule(f"{stream}_mod.linear"), F.silu(vec_BFD))
         return out[:, :, None].chunk(6, -1)
 
     def qkv(self, stream: str, x_BTD: Tensor, m: tuple[Tensor, ...]

@@ -122,12 +122,14 @@ class ChunkStepper:
         here = moves.cameras.w2c_BF44[:, 0]
         now = moves.cameras.seen_from(here)
         labels = torch.from_numpy(moves.labels_Bn).to(**place)
-        given: dict[str, Any] = {"text_kv": self.dit.text(text)}
+        given: dict[str, Any] = {"text_kv": self.dit.text(text.to(next(self.dit.parameters())))}
         shown, first = (None, first) if self.overwrites else (first, None)
 
+        dtype = next(self.dit.parameters()).dtype  # the sample keeps its own
+
         def inputs(latents: Tensor, frames_Bn: np.ndarray) -> Tensor:
-            return latents if self.overwrites else self.dit.inputs(
-                latents, torch.from_numpy(frames_Bn).to(**place), shown)
+            return latents.to(dtype) if self.overwrites else self.dit.inputs(
+                latents, torch.from_numpy(frames_Bn).to(**place), shown).to(dtype)
 
         context = None
         if length:
@@ -139,7 +141,8 @@ class ChunkStepper:
             old = np.stack([h.of("label")[c] for h, c in zip(histories, chosen, strict=True)])
             context = self.dit.context(
                 inputs(latents.transpose(1, 2).to(x), np.stack(chosen)),
-                labels_BF=torch.from_numpy(old).to(**place), cameras=cameras, t=self.context_time, **given)
+                labels_BF=torch.from_numpy(old).to(**place), cameras=cameras,
+                t=self.context_time, **given)
         index = length + torch.arange(n, **place)
         frames = np.array([len(h) for h in histories])[:, None] + np.arange(n)
         for i, t in enumerate(self.sampler.timesteps_S.tolist()):
@@ -149,7 +152,7 @@ class ChunkStepper:
                 times[:, 0] = self.context_time
             flow = self.dit(inputs(x, frames), times, labels_BF=labels, cameras=now,
                             context=context, frame_index_BF=index, **given)
-            x = self.sampler.step(x, flow, i)
+            x = self.sampler.step(x, flow.to(x), i)
             if watch is not None:
                 watch(i, x)
         return x if first is None else torch.cat([first.to(x), x[:, :, 1:]], 2)
