@@ -162,8 +162,8 @@ class _Rows:
         for start in range(self.filled // self.chunk * self.chunk, end - self.chunk + 1,
                            self.chunk):
             pair = [start, start + self.chunk // 2]
-            key = np.round(np.stack([self.numbers[n][pair] for n in ("centre", "ahead")]), 6)
-            key = (key + 0.0).tobytes()  # -0.0 is 0.0
+            views = np.stack([self.numbers[n][pair] for n in ("centre", "ahead")])
+            key = (np.round(views, 6) + 0.0).tobytes()  # -0.0 is 0.0
             self.numbers["again"][start] = key in self.known
             if start:  # the first chunk may be kept anyway, and then is no candidate
                 self.known.add(key)

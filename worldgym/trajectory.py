@@ -116,7 +116,8 @@ def to_string(labels_N: np.ndarray) -> str:
     >>> to_string(np.array([0, 9, 9, 1]))
     'w-2,right-1'
     """
-    names, runs = {number: name for name, number in KEYS.items()}, []
+    names = {number: name for name, number in KEYS.items()}
+    runs: list[list] = []
     for number in np.asarray(labels_N)[1:].tolist():
         if number not in names:
             raise ActionError("label cannot be said in a pose string", given=number,

@@ -140,8 +140,8 @@ class _Waves(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         angle = angles32(value, WAVE // 2)
-        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self.mlp[0].weight.dtype)
-        return _few_rows(self.mlp, wave)
+        wave = torch.cat([angle.cos(), angle.sin()], -1)
+        return _few_rows(self.mlp, wave.to(cast(nn.Linear, self.mlp[0]).weight))
 
 
 class _RefinerBlock(nn.Module):
@@ -288,7 +288,7 @@ class HunyuanDiT(nn.Module):
             parts.insert(0, (seen, torch.ones_like(seen[..., 0], dtype=torch.bool), VISION))
         if self.cfg.use_cond_type_embedding:
             parts = [(x + self.cond_type_embedding.weight[kind], m, kind) for x, m, kind in parts]
-        x, mask = (torch.cat([p[i] for p in parts], 1) for i in (0, 1))
+        x, mask = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
         counts = mask.sum(1)
         if bool((counts != counts[0]).any()):
             raise ShapeError("prompts of different length in one batch", given=counts.tolist(),
@@ -378,11 +378,11 @@ def _two_branches(block: Any, layer: int, qkv: tuple[Tensor, Tensor, Tensor],
     q, k, v = qkv
     position = rotate(k, table), v
     camera = see.key(k), see.key(v)
-    seen = []
+    seen: list[tuple[Tensor, Tensor]] = []
     for own, old in ((position, context.position if context else None),
                      (camera, context.camera if context else None)):
         rows = [text, own] if old is None else [text, old[layer], own]
-        seen.append([torch.cat([r[i] for r in rows], 1) for i in (0, 1)])
+        seen.append((torch.cat([r[0] for r in rows], 1), torch.cat([r[1] for r in rows], 1)))
     y = block.img_attn_proj(attention(rotate(q, table), *seen[0]).flatten(2))
     y = y + block.img_attn_prope_proj(see.out(attention(see.query(q), *seen[1])).flatten(2))
     return y, (*position, *camera)

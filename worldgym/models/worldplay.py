@@ -69,17 +69,17 @@ class WorldPlayDiT(WanDiT):
                               expected="a multiple of 4", fix="change dim or num_heads")
         self.action_embedding = nn.Sequential(
             nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
-        for block in self.blocks:
+        for block in cast(Any, self.blocks):
             block.self_attn.o_camera = nn.Linear(cfg.dim, cfg.dim)
         self.silence()
 
     def silence(self) -> None:
         """Make the additions add nothing: the network is the plain Wan network then."""
-        outputs = [block.self_attn.o_camera for block in self.blocks]
-        for layer in (*outputs, self.action_embedding[2]):
+        layers: list[nn.Linear] = [b.self_attn.o_camera for b in cast(Any, self.blocks)]
+        for layer in (*layers, cast(nn.Linear, self.action_embedding[2])):
             if not layer.weight.is_meta:
-                nn.init.zeros_(cast(nn.Linear, layer).weight)
-                nn.init.zeros_(cast(nn.Linear, layer).bias)
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Fresh weights as in ``WanDiT``; the additions start silent."""
