@@ -8,10 +8,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from worldgym.agents.commands_binding import Binding, LearnTiles
 from worldgym.agents.commands_clip import Clip
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
-from worldgym.agents.commands_party import CollectParty
+from worldgym.agents.commands_party import (
+    CollectParty,
+    FitParty,
+    Rollout,
+    ScoreParty,
+    TrainParty,
+)
 from worldgym.agents.commands_report import Report
 from worldgym.agents.commands_wham import Convert
 from worldgym.agents.ladder import named
@@ -368,7 +375,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
     "inspect": Inspect, "convert": Convert, "demo": Demo, "iterate": Iterate,
     "evaluate": Evaluate, "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
-    "clip": Clip,
+    "fit-party": FitParty, "train-party": TrainParty, "score-party": ScoreParty,
+    "rollout": Rollout, "binding": Binding, "tiles": LearnTiles, "clip": Clip,
 }
 
 

@@ -29,8 +29,10 @@ class Course:
     expected: bool = False
 
     def __post_init__(self) -> None:
-        if self.anchor is not None:
-            check_count(self.anchor, "steps between anchors")
+        if self.anchor is not None and (not isinstance(self.anchor, int | np.integer)
+                                        or self.anchor < 1):
+            raise ConfigError("impossible number of steps between anchors", given=self.anchor,
+                              expected="1 or more, or None", fix="pass anchor=50")
 
     def settings(self) -> dict[str, Any]:
         """What is set, as plain data."""

@@ -196,7 +196,8 @@ def _joined(parts: Sequence[Sequence[Played]]) -> list[Played]:
 def _task(world: Any, horizon: int | None, end: str | None) -> Any:
     from worldgym.envs.tasks import load_task
 
-    changes = {k: v for k, v in (("horizon", horizon), ("end", end)) if v is not None}
+    given: dict[str, Any] = {"horizon": horizon, "end": end}
+    changes = {name: value for name, value in given.items() if value is not None}
     found = load_task(world, **changes) if isinstance(world, str | Path) else replace(
         world, **changes)
     check_horizon(found)

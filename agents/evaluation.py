@@ -156,7 +156,8 @@ class Evaluation:
         Where ends count by their chance, the unpaired episodes are plain ones, with ends drawn.
         """
         drawn = [at["dream"].drawn for at in self.played.values()]
-        plain = None if any(d is None for d in drawn) else np.stack(drawn)
+        told = [d for d in drawn if d is not None]
+        plain = np.stack(told) if len(told) == len(drawn) else None
         return agreement.paired_ratio(self.returns("dream"), plain)
 
     @cached_property

@@ -65,7 +65,7 @@ class Ledger:
         """Keep what every policy did in the episodes of ``block``."""
         buffer = io.BytesIO()
         told = [p.drawn for p in played if p.drawn is not None]
-        drawn = {"drawn_KN": np.stack(told)} if told else {}
+        drawn: dict[str, Any] = {"drawn_KN": np.stack(told)} if told else {}
         np.savez_compressed(
             buffer, rewards_S=np.concatenate([r for p in played for r in p.rewards]),
             lengths_KN=np.stack([p.lengths for p in played]),

@@ -100,7 +100,14 @@ def fuzz(data: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-LADDERS = {"ladder": "all", "ladder-outside": "those that did not learn in a dream"}
+LADDERS = {
+    "ladder": "anchored, ends by danger: all policies",
+    "ladder-outside": "the same: policies that did not learn in a dream",
+    "ladder-free": "left to itself: all policies",
+    "ladder-free-outside": "the same: policies that did not learn in a dream"}
+PAIRED = {
+    "ladder": "from recorded moments, 60 steps, ends counted by their chance",
+    "ladder-pairing": "there pairing alone", "ladder-lives": "pairing alone, whole lives"}
 AGREEMENT = {"pearson_r": "Pearson's r", "kendall_tau": "Kendall's tau", "mmrv": "MMRV (tics)",
              "optimism": "optimism (tics)"}
 
@@ -108,15 +115,14 @@ AGREEMENT = {"pearson_r": "Pearson's r", "kendall_tau": "Kendall's tau", "mmrv":
 def evaluation(data: dict[str, Any]) -> str:
     """Agreement of dream and real values, what pairing and uncertainty are worth, every policy."""
     rows = _lookup(data)
-    lines = ["| policies | " + " | ".join(AGREEMENT.values()) + " |", "|---" * 5 + "|"]
+    lines = ["| dream | " + " | ".join(AGREEMENT.values()) + " |", "|---" * 5 + "|"]
     for what, label in LADDERS.items():
         if (what, "policies") in rows:
             cells = [_figure(rows.get((what, metric))) for metric in AGREEMENT]
             lines.append(f"| {label} ({rows[what, 'policies']['value']:.0f}) | "
                          + " | ".join(cells) + " |")
-    pairs = {"ladder-moments": "from recorded moments on, 60 steps", "ladder": "whole lives"}
     said = [f"{label} {_figure(rows[what, 'paired_episode_ratio'])}"
-            for what, label in pairs.items() if (what, "paired_episode_ratio") in rows]
+            for what, label in PAIRED.items() if (what, "paired_episode_ratio") in rows]
     lines += ["", "Episodes that a paired comparison of neighbours needs, as a share of what an "
               f"unpaired one needs: {'; '.join(said)}." if said else ""]
     doubt = rows.get(("ladder", "uncertainty_auroc"))

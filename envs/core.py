@@ -43,6 +43,8 @@ class Batch:
     drift_B: np.ndarray | None = None
     final_obs: np.ndarray | None = None  # same-step autoreset: last observations of ``finished``
     finished: np.ndarray | None = None  # slot numbers
+    rewards_BP: np.ndarray | None = None  # several players: float64 each
+    ended_BP: np.ndarray | None = None  # out for good, in this step or before
 
 
 class DreamCore:
@@ -170,31 +172,39 @@ class DreamCore:
 
         Args:
             actions: (B, *shape), or (B, F, *shape) with the per-frame mapping.
-            autoreset: "NextStep", "SameStep" or "Disabled" (Gymnasium's words).
+            autoreset: "NextStep", "SameStep" or "Disabled" (Gymnasium's words), or "Stay": slots
+                whose episode is over stay as they are.
 
         Raises:
-            ResetNeeded: a slot's episode is over and ``autoreset`` is "Disabled".
+            ResetNeeded: a slot's episode is over and ``autoreset`` says nothing of that.
         """
         state = self.ready()
         due_B = state.done_B
-        if due_B.any() and autoreset != "NextStep":
+        if due_B.any() and autoreset not in ("NextStep", "Stay"):
             raise ResetNeeded(
                 "step after the end of an episode", given=f"slots {np.flatnonzero(due_B).tolist()}",
                 expected="a reset of these slots first", fix="call reset()")
         actions_B = self._check_actions(actions, ~due_B)
         if due_B.any():
-            due = np.flatnonzero(due_B)
             batch, state = self._advance(state, actions_B, np.flatnonzero(~due_B))
-            state, _ = self._opening.begin(state, due)
+            if autoreset == "NextStep":
+                state, _ = self._opening.begin(state, np.flatnonzero(due_B))
         else:
             batch, state = self._advance(state, actions_B, None)
         if autoreset == "SameStep" and state.done_B.any():
             batch.finished = np.flatnonzero(state.done_B)
-            batch.final_obs = state.stack_B[batch.finished]
+            batch.final_obs = self._last_seen(state, batch.finished)
             state, _ = self._opening.begin(state, batch.finished)
         batch.obs_B = state.stack_B.copy()
         self._state = state
         return batch
+
+    def _last_seen(self, state: CoreState, slots: np.ndarray) -> Any:
+        """Last observations of these slots, whose episodes are over."""
+        return state.stack_B[slots]
+
+    def _note(self, batch: Batch, chunk: Any, rows: Any) -> None:
+        """Whatever else a core keeps of a chunk; ``rows``: the stepped slots."""
 
     def _check_actions(self, actions: Any, live_B: np.ndarray) -> np.ndarray:
         spec = self.spec.action
@@ -239,6 +249,7 @@ class DreamCore:
             state.world, acts, slots=None if live is None else live.tolist(),
             per_frame=self.per_frame)
         reward, ended, last = outcome.judge(task, chunk, self.frames)
+        self._note(batch, chunk, rows)
         if task.hazard:
             reward = reward - task.hazard * outcome.danger(chunk)
         if spread is not None:

@@ -223,7 +223,7 @@ class ActionCross:
         n = self.subjects.cfg.slots
         q = q_BTHE.unflatten(1, (self.frames, -1))
         places = [x.unflatten(1, (self.frames, -1))[:, :, -n:].flatten(1, 2) for x in self.places]
-        video = attention(q[:, :, :-n].flatten(1, 2), *text)
+        video = attention(q[:, :, :-n].flatten(1, 2), text[0], text[1])
         subject = self._both(q[:, :, -n:].flatten(1, 2), (places[0], places[1]), text, k, v)
         parts = [x.unflatten(1, (self.frames, -1)) for x in (video, subject)]
         return torch.cat(parts, 2).flatten(1, 2)
