@@ -13,7 +13,7 @@ from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
 from worldgym.agents.commands_party import CollectParty
 from worldgym.agents.commands_report import Report
-from worldgym.agents.commands_wham import Convert
+from worldgym.agents.commands_wham import Convert, Dream
 from worldgym.agents.ladder import named
 from worldgym.errors import ConfigError
 
@@ -361,7 +361,7 @@ class Iterate:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
-    "inspect": Inspect, "convert": Convert, "demo": Demo, "iterate": Iterate,
+    "inspect": Inspect, "convert": Convert, "dream": Dream, "demo": Demo, "iterate": Iterate,
     "evaluate": Evaluate, "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
     "clip": Clip,
 }
