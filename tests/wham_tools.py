@@ -15,7 +15,7 @@ HW = (40, 60)
 def write_model(path, **settings):
     """A tiny model as ``worldgym convert`` writes one."""
     model = tiny(torch.Generator().manual_seed(0), hw=HW, patch=20, width=32, heads=2,
-                 **{"seq_len": 3, **settings})
+                 **{"seq_len": 3, "layers": 1, **settings})
     return checkpoint.save(path, model, {"kind": KIND, "format": 1, "config": model.cfg.to_json(),
                                          "licence": LICENCE, "notes": {}})
 
