@@ -23,7 +23,7 @@ from worldgym.errors import CheckpointError, ConfigError, DTypeError, ShapeError
 from worldgym.models import wham_actions
 
 ID = "worldgym/WHAM-v0"
-CONTROLS = ("bins", "values")
+CONTROLS = ("bins", "raw", "values")
 SAMPLING = ("temperature", "top_k", "top_p", "deterministic")
 WORLD = ("context_length", "slide", "diagonal", "propose")
 PLACE = ("device", "dtype", "size")
@@ -39,7 +39,7 @@ def action_space(controls: str) -> spaces.Space:
     if controls not in CONTROLS:
         raise ConfigError("unknown controls", given=repr(controls), expected=f"one of {CONTROLS}",
                           fix='pass controls="bins" or controls="values"')
-    if controls == "bins":
+    if controls != "values":
         return spaces.MultiDiscrete(np.asarray(wham_actions.SIZES, np.int64))
     return spaces.Dict(buttons=spaces.MultiBinary(wham_actions.PRESSED),
                        sticks=spaces.Box(-1, 1, (wham_actions.STICKS,), np.float32))
@@ -151,6 +151,8 @@ class WhamFace:
     controls: str
 
     def _bins(self, actions: Any) -> Any:
+        if self.controls == "raw":
+            return actions
         how = wham_actions.from_controller if self.controls == "values" else wham_actions.flagged
         return how(actions)
 
@@ -167,11 +169,12 @@ class WhamEnv(WhamFace, DreamEnv):
 
     - Action: 16 bins (12 buttons, number 0 is set from the others; 4 sticks of 0..10), or with
       ``controls="values"`` {"buttons": 11, "sticks": left x, y, right x, y in [-1, 1], y up}.
+      ``controls="raw"``: 16 bins taken as they are, number 0 too.
     - ``reset(options={"frames": (K, H, W, 3), "actions": (K - 1, 16)})`` starts from up to a whole
       window of your own frames, oldest first, with the actions taken on them (or a dict of
       buttons and sticks) or without: then nothing was pressed. ``{"frame": image}`` is K = 1.
     - ``proposal()``: what the recorded players would do now; ``env.step(env.proposal())`` is the
-      model left to itself.
+      model left to itself (exactly so with ``controls="raw"``).
     """
 
     def __init__(self, task: Task, *, controls: str = "bins", **settings: Any) -> None:

@@ -218,7 +218,7 @@ def test_files_that_are_wrong_are_named_errors(file, tmp_path):
 
 
 def test_what_players_would_do_and_the_model_left_to_itself(file):
-    for controls in ("bins", "values"):
+    for controls in ("bins", "raw", "values"):
         env = wham(model=file, controls=controls, propose=True)
         env.reset(seed=3)
         asked = [env.proposal() for _ in range(2)]

@@ -13,7 +13,7 @@ from worldgym.agents import wham_dream
 from worldgym.agents.cli import main
 from worldgym.agents.course import Course
 from worldgym.agents.policy import Policy
-from worldgym.agents.score import play_dreams
+from worldgym.agents.score import dream_block
 from worldgym.agents.scripted import parse_policy
 from worldgym.agents.wham_dream import Dreaming, dream, dream_batch
 from worldgym.agents.wham_policy import wham_policy
@@ -54,7 +54,7 @@ def test_choices_follow_from_seed_slot_and_step(file):
 
 def test_the_policy_sees_what_the_proposal_sees(file):
     """The most likely action of the policy is the world's own proposal, over a whole window."""
-    env = wham(model=file, deterministic=True, observation="latent")
+    env = wham(model=file, deterministic=True, observation="latent", controls="raw")
     policy = wham_policy(file, world=env.task.world, deterministic=True)
     assert policy.observes == "latent"
     policy.reset(1, seed=0)
@@ -66,11 +66,14 @@ def test_the_policy_sees_what_the_proposal_sees(file):
 
 
 def test_the_policy_plays_wherever_policies_do(file):
-    task = load_wham(file, task={"horizon": 3, "reward": lambda chunk: np.ones(len(chunk.slots))})
+    def one(chunk):
+        return np.ones(len(chunk.slots))
+
+    task = load_wham(file, task={"horizon": 3, "reward": one})
     names = (f"wham:{file},temperature=0.5", f"noisy:0.5:wham:{file}", "random")
     policies = [parse_policy(n, task.world.spec.action, task.world, task) for n in names]
-    played = play_dreams(task, policies, [0, 1], [5, 6], seed=0, course=Course())
-    assert [p.returns for p in played] == [[3.0, 3.0]] * 3 and len(played) == 3
+    played = dream_block(task, policies, [0, 1], [5, 6], seed=0, course=Course())
+    assert [list(p.returns) for p in played] == [[3.0, 3.0]] * 3
     frames = np.random.default_rng(0).integers(0, 256, (2, 30, 90, 3), np.uint8)
     other = parse_policy(f"wham:{file}", wham_actions.SPEC)  # another game's frames
     other.reset(2, 0)
