@@ -3,28 +3,23 @@
 Shapes: B slot, K past frame, C channel, h w latent grid, A action features.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from worldgym.errors import ConfigError, NotFiniteError, ShapeError
-from worldgym.models.outcome import Outcome
-
-# callable(chunk) -> array-like (B,): a reward, or whether the episode ends
-ChunkFunction = Callable[[object], object]
+from worldgym.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True)
-class LearnedOutcome:
-    """Reward and end from the world's own head.
+@dataclass(frozen=True)
+class Learned:
+    """Heads of a world's own, ``model``; its ``cfg.frames`` past frames are read.
 
     ``end_scale`` multiplies the end chance: above 1, the dream is harder than the head believes.
     """
 
-    model: Outcome
+    model: Any
     end_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -37,6 +32,10 @@ class LearnedOutcome:
         """Past frames read."""
         return self.model.cfg.frames
 
+
+class LearnedOutcome(Learned):
+    """Reward, end and danger from an ``Outcome``."""
+
     @property
     def ahead(self) -> int:
         """Steps that the danger looks ahead; 1: it is the end chance of the step."""
@@ -47,15 +46,3 @@ class LearnedOutcome:
         """(end chance (B,) in [0, 1], rewards (B, 2): if it goes on, if it ends, danger (B,))."""
         chance, rewards, danger = self.model.predict(past_BKChw[:, -self.frames:], action_BA)
         return (chance * self.end_scale).clamp(0, 1), rewards, danger
-
-
-def apply_function(function: ChunkFunction, chunk: object, slots: int, what: str) -> np.ndarray:
-    """Call a user's reward or end function on a chunk and check what comes back: (B,) finite."""
-    value = np.asarray(function(chunk))
-    if value.shape != (slots,):
-        raise ShapeError(f"{what} function returned the wrong shape", given=value.shape,
-                         expected=(slots,), fix="return one value per slot")
-    if not np.isfinite(value.astype(np.float64)).all():
-        raise NotFiniteError(f"{what} function returned NaN or infinity", given=value[:8].tolist(),
-                             expected="finite numbers", fix="guard the function's divisions")
-    return value

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldgym.errors import ConfigError
+from worldgym.heads import Learned
 from worldgym.models.outcome import linear, neighbours
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartyOutcomeConfig:
     """``frames``: K past frames read; ``members``: independent heads that are averaged;
-    ``reward_range``: lowest and highest reward of a player in one recorded step."""
+    ``reward_range``: lowest and highest reward of a player in one recorded step; ``squash``:
+    learn sign(r) log(1 + |r|) of rewards r, where those of games differ much in size."""
 
     latent_chw: tuple[int, int, int]
     channels: int
@@ -30,6 +31,7 @@ class PartyOutcomeConfig:
     hidden: int = 64
     members: int = 2
     reward_range: tuple[float, float] | None = None
+    squash: bool = False
 
 
 class _Reader(nn.Module):
@@ -104,28 +106,16 @@ class PartyOutcome(nn.Module):
         out = self(*(torch.cat([x, torch.zeros_like(x[:1]).expand(pad, *x.shape[1:])])
                      for x in given))[:rows]
         rewards = out[..., 1].mean(1) * self.reward_scale
+        if self.cfg.squash:
+            rewards = rewards.sign() * torch.expm1(rewards.abs().clamp(max=20))
         if self.cfg.reward_range is not None:
             rewards = rewards.clamp(*self.cfg.reward_range)
         return (torch.where(valid_BN, out[..., 0].sigmoid().mean(1), 0),
                 torch.where(valid_BN, rewards, 0))
 
 
-@dataclass(frozen=True, slots=True)
-class LearnedPartyOutcome:
-    """Rewards and ends from the world's own heads; ``end_scale`` multiplies the end chances."""
-
-    model: PartyOutcome
-    end_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.end_scale < float("inf"):
-            raise ConfigError("impossible end_scale", given=self.end_scale,
-                              expected="a finite number >= 0", fix="use 1.0")
-
-    @property
-    def frames(self) -> int:
-        """Past frames read."""
-        return self.model.cfg.frames
+class LearnedPartyOutcome(Learned):
+    """Rewards and ends of every player from a ``PartyOutcome``."""
 
     @torch.no_grad()
     def __call__(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
@@ -164,6 +154,8 @@ def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[st
     counts = there.flatten(0, 1)[:, None].expand(-1, out.shape[1], -1)
     end, reward = (after(x).float()[:, None].expand(counts.shape)
                    for x in (ended, torch.nan_to_num(batch["rewards_BFN"])))
+    if cfg.squash:
+        reward = reward.sign() * reward.abs().log1p()
     total = counts.sum().clamp_min(1)
     bce = F.binary_cross_entropy_with_logits(out[..., 0], end, reduction="none")
     bce = (bce * counts).sum() / total
