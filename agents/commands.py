@@ -20,7 +20,7 @@ from worldgym.agents.commands_party import (
     TrainParty,
 )
 from worldgym.agents.commands_report import Report
-from worldgym.agents.commands_wham import Convert
+from worldgym.agents.commands_wham import Convert, Dream
 from worldgym.agents.ladder import named
 from worldgym.errors import ConfigError
 
@@ -377,7 +377,7 @@ class Iterate:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
-    "inspect": Inspect, "convert": Convert, "demo": Demo, "iterate": Iterate,
+    "inspect": Inspect, "convert": Convert, "dream": Dream, "demo": Demo, "iterate": Iterate,
     "evaluate": Evaluate, "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
     "fit-party": FitParty, "train-party": TrainParty, "score-party": ScoreParty,
     "rollout": Rollout, "binding": Binding, "tiles": LearnTiles, "clip": Clip,
