@@ -140,8 +140,7 @@ class Train:
         init: agent.zip whose weights the training begins with.
         set: hyperparameters of the algorithm, as name=value.
         real: train in the real game instead, for comparison.
-        right_to_train: you state that you hold the right to train on the world's outputs, where
-            its licence as published forbids it.
+        right_to_train: you state that you hold this right, which the published licence denies.
     """
 
     out: Path
@@ -185,8 +184,7 @@ class Train:
             done = train.train_in_game(game_maker(task), spec.action, spec.frame_hw, config,
                                        self.out, name=str(task.twin), world=task.world)
         else:
-            done = train.train_in_dream(task, config, self.out,
-                                        right_to_train=self.right_to_train)
+            done = train.train_in_dream(task, config, self.out, right_to_train=self.right_to_train)
         print(f"{done.steps} steps in {done.seconds:.0f} s; agent written to {done.agent}")
 
 

@@ -103,25 +103,25 @@ class ChunkStepper:
         out = torch.empty_like(noise_BCnHW)
         lengths = np.array([len(c) for c in chosen])
         for length in np.unique(lengths):
-            group = np.flatnonzero(lengths == length)
+            group = [int(i) for i in np.flatnonzero(lengths == length)]
             out[group] = self._group([histories[i] for i in group], noise_BCnHW[group],
                                      moves.rows(group), context_BLD[group],
                                      None if first_BC1HW is None else first_BC1HW[group],
                                      [chosen[i] for i in group], watch)
-        w2c, K = (None if x is None else x.double().numpy(force=True)
-                  for x in (moves.cameras.w2c_BF44, moves.cameras.K_BF33))
-        ones = np.repeat(np.eye(3)[None], n, 0)
-        grown = [h.append(out[i].transpose(0, 1), w2c[i], ones if K is None else K[i],
-                          moves.labels_Bn[i]) for i, h in enumerate(histories)]
+        w2c, K = moves.cameras.w2c_BF44, moves.cameras.K_BF33
+        K = torch.eye(3).expand(b, n, 3, 3) if K is None else K
+        poses, lenses = (x.double().numpy(force=True) for x in (w2c, K))
+        grown = [h.append(out[i].transpose(0, 1), poses[i], lenses[i], moves.labels_Bn[i])
+                 for i, h in enumerate(histories)]
         return out, grown, chosen
 
     def _group(self, histories: list[History], x: Tensor, moves: Moves, text: Tensor,
                first: Tensor | None, chosen: list[np.ndarray],
                watch: Callable[[int, Tensor], None] | None) -> Tensor:
-        n, length, place = x.shape[2], len(chosen[0]), {"device": x.device}
+        n, length, place = x.shape[2], len(chosen[0]), x.device
         here = moves.cameras.w2c_BF44[:, 0]
         now = moves.cameras.seen_from(here)
-        labels = torch.from_numpy(moves.labels_Bn).to(**place)
+        labels = torch.from_numpy(moves.labels_Bn).to(place)
         given: dict[str, Any] = {"text_kv": self.dit.text(text.to(next(self.dit.parameters())))}
         shown, first = (None, first) if self.overwrites else (first, None)
 
@@ -129,24 +129,24 @@ class ChunkStepper:
 
         def inputs(latents: Tensor, frames_Bn: np.ndarray) -> Tensor:
             return latents.to(dtype) if self.overwrites else self.dit.inputs(
-                latents, torch.from_numpy(frames_Bn).to(**place), shown).to(dtype)
+                latents, torch.from_numpy(frames_Bn).to(place), shown).to(dtype)
 
         context = None
         if length:
             past = [h.cameras(c) for h, c in zip(histories, chosen, strict=True)]
-            K = None if now.K_BF33 is None else torch.cat([p.K_BF33 for p in past])
+            K = [p.K_BF33.to(here) for p in past if p.K_BF33 is not None]
             cameras = Cameras(torch.cat([p.w2c_BF44 for p in past]).to(here),
-                              None if K is None else K.to(here)).seen_from(here)
+                              None if now.K_BF33 is None else torch.cat(K)).seen_from(here)
             latents = torch.stack([h.latents(c) for h, c in zip(histories, chosen, strict=True)])
             old = np.stack([h.of("label")[c] for h, c in zip(histories, chosen, strict=True)])
             context = self.dit.context(
                 inputs(latents.transpose(1, 2).to(x), np.stack(chosen)),
-                labels_BF=torch.from_numpy(old).to(**place), cameras=cameras,
+                labels_BF=torch.from_numpy(old).to(place), cameras=cameras,
                 t=self.context_time, **given)
-        index = length + torch.arange(n, **place)
+        index = length + torch.arange(n, device=place)
         frames = np.array([len(h) for h in histories])[:, None] + np.arange(n)
         for i, t in enumerate(self.sampler.timesteps_S.tolist()):
-            times = torch.full((len(x), n), t, **place)
+            times = torch.full((len(x), n), t, device=place)
             if first is not None:
                 x = torch.cat([first.to(x), x[:, :, 1:]], 2)
                 times[:, 0] = self.context_time
