@@ -174,10 +174,8 @@ class Train:
             seed=self.seed, observation=self.observation, frame_stack=self.frame_stack,
             save_every=self.save_every, init=None if self.init is None else str(self.init),
             hyperparameters=settings(self.set))
-        changes: dict[str, Any] = {"distrust": self.distrust, "penalty": self.penalty,
-                                   "hazard": self.hazard}
-        if self.horizon is not None:
-            changes["horizon"] = self.horizon
+        changes: dict[str, Any] = {n: getattr(self, n) for n in ("distrust", "penalty", "hazard")}
+        changes |= {} if self.horizon is None else {"horizon": self.horizon}
         task = load_task(self.world, temperature=self.temperature, **changes)
         if self.real:
             spec = task.world.spec
