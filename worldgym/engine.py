@@ -287,8 +287,8 @@ class World:
 
     def noise(self, keys_B4: np.ndarray, number: int) -> Tensor:
         """The sampler's noise (B, C, F, h, w) of pass ``number`` for slots with these keys."""
-        n = self.spec.latents_per_chunk
-        noise = normal(keys_B4, number, (n, *self.spec.latent_chw), self.device)
+        n, (c, h, w) = self.spec.latents_per_chunk, self.spec.latent_chw
+        noise = normal(keys_B4, number, (n * c, h, w), self.device).unflatten(1, (n, c))
         return self.temperature * noise.transpose(1, 2).contiguous()
 
     def _recent(self, state: WorldState) -> Tensor:
