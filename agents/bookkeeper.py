@@ -42,8 +42,10 @@ class Bookkeeper(VecEnvWrapper):
         """One step, with ``info["episode"]`` where one ended."""
         obs, rewards, dones, infos = self.venv.step_wait()
         self.return_B += rewards
-        self.length_B += 1
-        out = self._scaled(rewards) if self.scale else rewards
+        # rows of several players: one that is out waits for the others, and that counts for nothing
+        live = getattr(self.venv, "acted_R", None)
+        self.length_B += 1 if live is None else live
+        out = self._scaled(rewards, live) if self.scale else rewards
         for slot in np.flatnonzero(dones):
             done = (float(self.return_B[slot]), float(self.length_B[slot]))
             infos[slot] = {**infos[slot], "episode": {"r": done[0], "l": int(done[1]), "t": 0.0}}
@@ -53,12 +55,13 @@ class Bookkeeper(VecEnvWrapper):
             array[dones] = 0
         return obs, out.astype(np.float32), dones, infos
 
-    def _scaled(self, rewards: np.ndarray) -> np.ndarray:
+    def _scaled(self, rewards: np.ndarray, live: np.ndarray | None = None) -> np.ndarray:
         self.discounted_B = self.discounted_B * self.gamma + rewards
         mean, variance, weight = self.moments
-        n, delta = len(rewards), self.discounted_B.mean() - mean
+        sums = self.discounted_B if live is None or not live.any() else self.discounted_B[live]
+        n, delta = len(sums), sums.mean() - mean
         total = weight + n
-        spread = variance * weight + self.discounted_B.var() * n + delta**2 * weight * n / total
+        spread = variance * weight + sums.var() * n + delta**2 * weight * n / total
         self.moments = np.array([mean + delta * n / total, spread / total, total])
         return np.clip(rewards / np.sqrt(self.moments[1] + 1e-8), -10, 10)
 

@@ -31,6 +31,8 @@ def parse(argv: Sequence[str] | None = None) -> object:
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] == ["inspect"] and len(args) == 2 and not args[1].startswith("-"):
         args.insert(1, "--path")  # `worldgym inspect FOLDER`
+    if args[:1] == ["bench"] and len(args) > 1 and not args[1].startswith("-"):
+        args.insert(1, "--world")  # `worldgym bench scope`
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -12,7 +12,13 @@ from worldgym.agents.commands_binding import Binding, LearnTiles
 from worldgym.agents.commands_clip import Clip
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
-from worldgym.agents.commands_party import CollectParty
+from worldgym.agents.commands_party import (
+    CollectParty,
+    FitParty,
+    Rollout,
+    ScoreParty,
+    TrainParty,
+)
 from worldgym.agents.commands_report import Report
 from worldgym.agents.commands_wham import Convert
 from worldgym.agents.ladder import named
@@ -264,8 +270,8 @@ class Bench:
     """Measure speed, constancy of cost, memory and overhead of a world.
 
     Args:
-        world: world id or folder.
-        out: results file to write; nothing is written without it.
+        world: world id or folder; or "scope": SCOPE's work at its real size, and a tiny pass.
+        out: results file to write; nothing is written without it (scope: results/scope_bench.json).
         slots: dreams in parallel.
         seconds: time per speed measurement.
         long: steps of the constancy measurement.
@@ -281,6 +287,11 @@ class Bench:
         """Measure."""
         from worldgym.agents.bench import bench
 
+        if self.world == "scope":
+            from worldgym.agents import bench_scope
+
+            bench_scope.bench(self.out, self.seconds)
+            return
         bench(self.world, self.out, slots=self.slots, seconds=self.seconds, long=self.long)
 
 
@@ -364,7 +375,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
     "inspect": Inspect, "convert": Convert, "demo": Demo, "iterate": Iterate,
     "evaluate": Evaluate, "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
-    "clip": Clip, "binding": Binding, "tiles": LearnTiles,
+    "fit-party": FitParty, "train-party": TrainParty, "score-party": ScoreParty,
+    "rollout": Rollout, "binding": Binding, "tiles": LearnTiles, "clip": Clip,
 }
 
 

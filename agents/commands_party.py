@@ -1,9 +1,10 @@
-"""The subcommand that records multi-player games."""
+"""The subcommands for multi-player games: record, fit, train, score, roll out."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,62 @@ class CollectParty:
                                 max_cycles=self.max_cycles), flush=True)
 
 
+@dataclass(kw_only=True)
+class FitParty:
+    """Train one world model on recorded multi-player games; run it again to go on.
+
+    Args:
+        data: folder that ``worldgym collect-party`` wrote.
+        out: world folder to make.
+        name: name of the world.
+        games: names of games; default: all that are in data.
+        codec_iterations: length of the codec's training.
+        dynamics_iterations: length of the dynamics' training.
+        outcome_iterations: length of the training of the reward and end heads.
+        alone_share: share of the dynamics' training on single frames, cheaper than clips.
+        batch: clips per iteration.
+        clip: frames per clip.
+        width: model width.
+        layers: blocks of the network.
+        window: frames the model sees.
+        starts: start states to keep of each game.
+        horizon: steps of a dreamt episode.
+        quick: fifty iterations of each part, to try the machinery.
+        seed: seed of data order, noise and first weights.
+        device: cpu or cuda.
+        snapshot: write the world as trained so far into this folder, and train nothing.
+    """
+
+    data: str
+    out: str
+    name: str | None = None
+    games: tuple[str, ...] | None = None
+    codec_iterations: int | None = None
+    dynamics_iterations: int | None = None
+    outcome_iterations: int | None = None
+    alone_share: float | None = None
+    batch: int | None = None
+    clip: int | None = None
+    width: int | None = None
+    layers: int | None = None
+    window: int | None = None
+    starts: int | None = None
+    horizon: int | None = None
+    quick: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    snapshot: str | None = None
+
+    def run(self) -> None:
+        """Fit."""
+        from worldgym.train.fit_party import FitPartyConfig, fit_party
+
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        folder = fit_party(FitPartyConfig(**{k: v for k, v in given.items() if v is not None}))
+        if not int(os.environ.get("RANK", "0")):
+            print(f"world written to {folder}")
+
+
 def _mix(texts: tuple[str, ...]) -> list[tuple[str, float, Callable[[], Any]]]:
     """(name, weight, factory) of every ``POLICY@SHARE``."""
     from worldgym.agents.party import party_policy
@@ -83,3 +140,175 @@ def _mix(texts: tuple[str, ...]) -> list[tuple[str, float, Callable[[], Any]]]:
         party_policy(name)  # a misspelt one is refused before anything is recorded
         mix.append((name, weight, partial(party_policy, name)))
     return mix
+
+
+PARTY_WORLD = "worldgym/MeltingPotMini-v0"
+
+
+@dataclass(kw_only=True)
+class TrainParty:
+    """Train one network for all players of a game, inside a dream; run it again to go on.
+
+    Args:
+        out: run folder: agent.zip, checkpoints, run.json, log.
+        world: world id or folder.
+        game: name of the game; default: the world's first.
+        players: how many; default: the most that the world's starts have.
+        steps: steps of players, all slots together; those of players that are out count.
+        minutes: stop earlier, after this time.
+        slots: games side by side.
+        seed: seed of agent and dreams.
+        horizon: steps after which a game is cut; default: the world's.
+        rivals: seats of every game that the newest checkpoint plays instead of the learner.
+        save_every: steps between checkpoints.
+        init: agent.zip whose weights the training begins with.
+        set: hyperparameters of PPO, as name=value.
+        real: train in real Melting Pot instead, for comparison.
+        device: torch device of the world.
+    """
+
+    out: Path
+    world: str = PARTY_WORLD
+    game: str | None = None
+    players: int | None = None
+    steps: int = 500_000
+    minutes: float | None = None
+    slots: int = 16
+    seed: int = 0
+    horizon: int | None = None
+    rivals: int = 0
+    save_every: int = 50_000
+    init: Path | None = None
+    set: tuple[str, ...] = ()
+    real: bool = False
+    device: str = "cpu"
+
+    def run(self) -> None:
+        """Train."""
+        from worldgym.agents import party_train
+        from worldgym.agents.commands import settings
+        from worldgym.envs.party_tasks import load_party
+
+        config = party_train.party_config(
+            steps=self.steps, minutes=self.minutes, envs=self.slots, seed=self.seed,
+            save_every=self.save_every, init=None if self.init is None else str(self.init),
+            hyperparameters=settings(self.set))
+        if self.real:
+            done = party_train.train_party_in_game(
+                config, self.out, game=self.game or "coins", players=self.players,
+                rivals=self.rivals, horizon=self.horizon)
+        else:
+            done = party_train.train_party_in_dream(
+                load_party(self.world, device=self.device), config, self.out, game=self.game,
+                players=self.players, rivals=self.rivals, horizon=self.horizon)
+        print(f"{done.steps} steps in {done.seconds:.0f} s; agent written to {done.agent}")
+
+
+@dataclass(kw_only=True)
+class ScoreParty:
+    """Score teams in real Melting Pot and in the dream, side by side.
+
+    Teams called random, dream and real give the share of the real-trained team's gain over random
+    that the dream-trained one has: --policy random dream=a/agent.zip real=b/agent.zip
+
+    Args:
+        policy: name=team or team; a team is one policy for all players, or one each joined by +.
+        world: world id or folder.
+        game: name of the game; default: the world's first.
+        players: how many; default: the most that the world's starts have.
+        episodes: episodes each.
+        seed: first seed of dreams, and of the players' choices.
+        horizon: steps after which a game is cut, in both places; default: the world's.
+        where: both, real or dream.
+        out: results file to write or add to.
+        best: take the most probable action instead of drawing one, where players are trained.
+        device: torch device of the world.
+    """
+
+    policy: tuple[str, ...] = ("random", "gather")
+    world: str = PARTY_WORLD
+    game: str | None = None
+    players: int | None = None
+    episodes: int = 20
+    seed: int = 1_000_000
+    horizon: int | None = None
+    where: str = "both"
+    out: Path | None = None
+    best: bool = False
+    device: str = "cpu"
+
+    def run(self) -> None:
+        """Score."""
+        from worldgym.agents import party_score, results
+        from worldgym.agents.ladder import named
+        from worldgym.envs.party_tasks import load_party
+
+        places = {"both": ("real", "dream"), "real": ("real",), "dream": ("dream",)}
+        if self.where not in places:
+            raise ConfigError("unknown place to score in", given=self.where,
+                              expected="both, real or dream", fix="leave --where out")
+        if self.where == "real":
+            task, game, horizon = None, self.game or "coins", self.horizon
+        else:
+            task = load_party(self.world, device=self.device)
+            game, horizon = self.game or task.games[0], self.horizon
+        scores = party_score.score_party(
+            task, game, self.players, named(self.policy), self.episodes, seed=self.seed,
+            horizon=horizon, where=places[self.where], draw=not self.best)
+        print(party_score.party_table(scores))
+        share = party_score.gain_share(scores)
+        if share is not None:
+            print(f"share of the real-trained gain: {share[0]:.2f} ({share[1]:.2f} to "
+                  f"{share[2]:.2f}; n = {share[3]})")
+        if self.out is not None:
+            print("written:", results.write(self.out, party_score.rows_of(scores, game)))
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """Record episodes of a dream or a real game with a policy per player, and film them.
+
+    Run it again to go on after an interruption.
+
+    Args:
+        out: folder of the recording (the format of collect-party) and of rollout.mp4.
+        env: world id or folder, or real for Melting Pot itself.
+        game: name of the game; default: the world's first.
+        players: how many; default: the most that the world's starts have.
+        policies: one for everybody, or one for each player: gather, slips:0.1:chase, agent.zip.
+        episodes: episodes in all; what is there counts.
+        seed: of the first episode.
+        max_cycles: steps after which an episode is cut; default: the world's.
+        film: episodes in the film; 0 for none.
+        best: take the most probable action instead of drawing one, where players are trained.
+    """
+
+    out: Path
+    env: str = PARTY_WORLD
+    game: str | None = None
+    players: int | None = None
+    policies: tuple[str, ...] = ("random",)
+    episodes: int = 10
+    seed: int = 0
+    max_cycles: int | None = None
+    film: int = 4
+    best: bool = False
+
+    def run(self) -> None:
+        """Play, record, film."""
+        from worldgym.agents.rollout import REAL, film, game_env, rollout
+        from worldgym.envs.party_record import returns_by_player
+
+        env = game_env(self.env, self.game, self.players, max_cycles=self.max_cycles)
+        try:
+            store = rollout(env, self.policies, self.out, self.episodes, seed=self.seed,
+                            where=self.env, draw=not self.best)
+        finally:
+            env.close()
+        print(f"{self.out}: {len(store)} episodes, {store.steps} steps")
+        for name, got in returns_by_player(store).items():
+            print(f"  {name}: mean return {got['mean_return']:.2f} (std {got['std_return']:.2f}, "
+                  f"n = {got['n']} players' episodes)")
+        if self.film:
+            label = "real" if self.env == REAL else "dream"
+            print("written:", film(store, Path(self.out) / "rollout.mp4", self.film, label=label))

@@ -64,6 +64,11 @@ def policy_kwargs(network: dict[str, Any]) -> dict[str, Any]:
 
         kwargs["features_extractor_class"] = LatentExtractor
         kwargs["features_extractor_kwargs"] = dict(network.get("extractor_kwargs", {}))
+    if network.get("extractor") == "crop":
+        from worldgym.agents.party_learner import CropExtractor
+
+        kwargs["features_extractor_class"] = CropExtractor
+        kwargs["features_extractor_kwargs"] = dict(network.get("extractor_kwargs", {}))
     return kwargs
 
 
@@ -120,7 +125,7 @@ def load_agent(path: str | Path, world: Any = None, deterministic: bool = True) 
         deterministic: take the most probable action, or draw one with the slot's own noise.
     """
     facts = read_facts(path)
-    policy = _build(facts)
+    policy = build_policy(facts)
     load_weights(policy, path)
     policy.set_training_mode(False)
     for parameter in policy.parameters():
@@ -146,7 +151,8 @@ def load_weights(policy: Any, path: str | Path) -> None:
                               fix="copy the file again or train anew") from error
 
 
-def _build(facts: dict[str, Any]) -> Any:
+def build_policy(facts: dict[str, Any]) -> Any:
+    """An SB3 policy with the network that an agent's facts describe, untrained."""
     from gymnasium import spaces
 
     from worldgym.envs.spaces import action_space

@@ -80,6 +80,9 @@ class Player:
         self._last: tuple[Cell, int] | None = None  # where it stood when it last tried to move
         self._stuck = 0
 
+    def watch(self, scene: Scene, i: int) -> None:
+        """Called at every step before ``act``, also where the player is out and does not act."""
+
     def act(self, scene: Scene, i: int) -> int:
         """The action of player ``i``."""
         if not scene.alive_N[i]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from worldgym.actions import ActionSpec
 from worldgym.agents import results
@@ -77,9 +77,10 @@ class TrainConfig:
         if self.minutes is not None and not self.minutes > 0:
             raise ConfigError("impossible minutes", given=self.minutes, expected="more than 0",
                               fix="leave it out for no limit")
-        if self.observation not in ("latent", "frame"):
+        if self.observation not in ("latent", "frame", "crop"):
             raise ConfigError("unknown observation", given=self.observation,
-                              expected="latent or frame", fix="pass observation='latent'")
+                              expected="latent or frame (parties: crop)",
+                              fix="pass observation='latent'")
 
     def resolved(self) -> TrainConfig:
         """The same with every default written out."""
@@ -89,6 +90,8 @@ class TrainConfig:
         if self.observation == "latent":
             network = {"extractor": "latent",
                        "extractor_kwargs": {"width": 32, "features_dim": 128}, **network}
+        if self.observation == "crop":
+            network = {"extractor": "crop", "extractor_kwargs": {}, **network}
         plain = "CnnPolicy" if self.observation == "frame" else "MlpPolicy"
         if self.algorithm == "RecurrentPPO":
             plain = plain.replace("Policy", "LstmPolicy")
@@ -148,8 +151,21 @@ def train_in_game(make_game: Callable[[], Any], action: ActionSpec, frame_hw: tu
     return train(make, config, folder, facts)
 
 
+class Hooks(Protocol):
+    """What a training may add: ``options`` of the algorithm, a look at what was built (``env``:
+    what ``make_env`` made), and at every checkpoint (also the one that it goes on from)."""
+
+    options: dict[str, Any]
+
+    def built(self, model: Any, env: Any) -> None:
+        """Called once, before anything is restored."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """Called between two rollouts."""
+
+
 def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
-          facts: dict[str, Any]) -> Trained:
+          facts: dict[str, Any], hooks: Hooks | None = None) -> Trained:
     """Train in the VecEnv that ``make_env`` makes; resume if ``folder`` holds a checkpoint."""
     try:
         from worldgym.agents.bookkeeper import Bookkeeper
@@ -164,20 +180,26 @@ def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
     run = {**facts, "config": asdict(config), **_used(config)}
     _same_run(folder, run)
     algorithm = algorithm_class(config.algorithm)
-    env = make_env()
+    env, logger = make_env(), None
     try:
         book = Bookkeeper(env, config.hyperparameters.get("gamma", 0.99), config.scale_rewards)
-        model = _model(algorithm, book, config)
+        model = _model(algorithm, book, config, {} if hooks is None else hooks.options)
+        if hooks is not None:
+            hooks.built(model, env)
         run["observation_shape"] = list(model.observation_space.shape)
         keeper = Keeper(folder, run)
         latest, seconds = keeper.latest(), 0.0
         curve: list[Any] = []
         if latest is not None:
             curve, seconds = keeper.restore(latest, model, book)
+            if hooks is not None:
+                hooks.saved(latest)
         elif config.init is not None:
             _begin_with(model, config.init, run)
-        model.set_logger(_logger(folder, config, model.num_timesteps))
-        watch = Watch(keeper, book, config, curve, seconds)
+        logger = _logger(folder, config, model.num_timesteps)
+        model.set_logger(logger)
+        watch = Watch(keeper, book, config, curve, seconds,
+                      None if hooks is None else hooks.saved)
         _write_run(folder, run, watch, model)
         left = config.steps - model.num_timesteps
         if left > 0 and not watch.late():
@@ -189,6 +211,8 @@ def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,
         return Trained(agent, [p / "agent.zip" for p in keeper.all() if p <= last], watch.curve,
                        model.num_timesteps, watch.seconds)
     finally:
+        if logger is not None:
+            logger.close()
         env.close()
 
 
@@ -198,8 +222,8 @@ def _used(config: TrainConfig) -> dict[str, Any]:
             "frame_stack": config.frame_stack, "seed": config.seed}
 
 
-def _model(algorithm: Any, book: Any, config: TrainConfig) -> Any:
-    settings = {k: _schedule(v) for k, v in config.hyperparameters.items()}
+def _model(algorithm: Any, book: Any, config: TrainConfig, options: dict[str, Any]) -> Any:
+    settings = {k: _schedule(v) for k, v in config.hyperparameters.items()} | options
     try:
         return algorithm(config.policy, book, seed=config.seed, device="cpu", verbose=0,
                          policy_kwargs=policy_kwargs(config.network), **settings)

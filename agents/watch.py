@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ class Watch(BaseCallback):
     """Sees every step; saves only between rollouts, where a run can go on exactly."""
 
     def __init__(self, keeper: Keeper, book: Bookkeeper, config: Any,
-                 curve: list[dict[str, float]], seconds: float) -> None:
+                 curve: list[dict[str, float]], seconds: float,
+                 saved: Callable[[Path], None] | None = None) -> None:
         super().__init__()
+        self._told = saved
         self.keeper, self.book, self.config, self.curve = keeper, book, config, list(curve)
         self._before, self._began = seconds, time.perf_counter()
         self._saved: int | None = None
@@ -72,7 +75,10 @@ class Watch(BaseCallback):
 
     def _save(self, model: Any) -> Path:
         self._saved = model.num_timesteps
-        return self.keeper.save(model, self.book, self.curve, self.seconds)
+        path = self.keeper.save(model, self.book, self.curve, self.seconds)
+        if self._told is not None:
+            self._told(path)
+        return path
 
     def close(self, model: Any) -> Path:
         """Write the last checkpoint and end the bar."""

@@ -381,8 +381,9 @@ class Suite:
         except ImportError:
             raise NotSeen("stable-baselines3 is not installed") from None
         action_space = self.env.action_space
-        if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim != 1:
-            raise NotSeen("SB3 has no use for matrices of discrete actions")
+        if isinstance(action_space, spaces.Dict) or getattr(action_space, "nvec", np.ones(1)
+                                                            ).ndim != 1:
+            raise NotSeen("SB3 has no use for Dict actions or matrices of discrete ones")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             # latents are (C, h, w) floats, which SB3 takes for badly scaled pictures

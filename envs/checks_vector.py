@@ -53,6 +53,13 @@ def check_dream_vector_env(
     return report
 
 
+def each(change: Callable[..., Any], *actions: Any) -> Any:
+    """``change`` applied to batches of actions, or to every part of Dict actions."""
+    if isinstance(actions[0], dict):
+        return {k: change(*(np.asarray(a[k]) for a in actions)) for k in actions[0]}
+    return change(*(np.asarray(a) for a in actions))
+
+
 class VectorSuite:
     """One run over one env in its declared mode."""
 
@@ -121,8 +128,8 @@ class VectorSuite:
         other = sample_actions(self.env.action_space, 1, seed=99)[0]
         pair = []
         for action in (self.actions[0], other):
-            mixed = np.array(self.actions[0])
-            mixed[done_B] = np.asarray(action)[done_B]
+            mixed = each(lambda a, b: np.where(done_B.reshape(-1, *[1] * (np.ndim(a) - 1)), b, a),
+                         self.actions[0], action)
             self.env.set_state(state)
             pair.append(frozen(self.env.step(mixed)))
         gap = difference(pair[0], pair[1])
@@ -250,7 +257,8 @@ class VectorSuite:
         for slot, seed in enumerate(seeds):
             env = self.make(1)
             alone = [env.reset(seed=[seed])]
-            alone += self.roll(env, [np.asarray(a)[slot:slot + 1] for a in self.actions])
+            alone += self.roll(env, [
+                each(lambda x, s=slot: x[s:s + 1], a) for a in self.actions])
             env.close()
             ours = [[np.array(x[slot]) for x in step[:4]] for step in whole]
             theirs = [[np.array(x[0]) for x in step[:4]] for step in alone if len(step) == 5]
@@ -311,13 +319,14 @@ class VectorSuite:
         state = env.get_state()
         after = self.actions[:6]
         expected = self.roll(env, after)
-        good = np.asarray(self.actions[0])
+        good = self.actions[0]
         calls: dict[str, Callable[[], Any]] = {
             "actions None": lambda: env.step(None),
-            "too few actions": lambda: env.step(good[: n - 1]),
-            "too many actions": lambda: env.step(np.concatenate([good, good])),
+            "too few actions": lambda: env.step(each(lambda a: a[: n - 1], good)),
+            "too many actions": lambda: env.step(
+                each(lambda a: np.concatenate([a, a]), good)),
             "actions as words": lambda: env.step(["up"] * n),
-            "actions out of range": lambda: env.step(good + 1000),
+            "actions out of range": lambda: env.step(each(lambda a: a + 100, good)),
             "an integer mask": lambda: env.reset(options={"reset_mask": np.ones(n, int)}),
             "a short mask": lambda: env.reset(options={"reset_mask": np.ones(n + 1, bool)}),
             "an empty mask": lambda: env.reset(options={"reset_mask": np.zeros(n, bool)}),

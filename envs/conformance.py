@@ -243,6 +243,11 @@ class Evil:
 
 def bad_actions(space: spaces.Space) -> list[Any]:
     """Actions that ``space`` does not hold: types, shapes, ranges, NaN."""
+    if isinstance(space, spaces.Dict):
+        good = {k: np.zeros(part.shape or (), part.dtype) for k, part in space.items()}
+        wrong = [{k: value, **{n: v for n, v in good.items() if n != k}}
+                 for k, part in space.items() for value in bad_actions(part)]
+        return [None, "up", {}, {**good, "a": 1}, np.zeros(3), *wrong]
     bad: list[Any] = [None, "up", {"a": 1}, np.zeros((*space.shape, 2, 5))]  # type: ignore[misc]
     if isinstance(space, spaces.Box):
         full = np.full(space.shape, np.nan, np.float32)

@@ -40,8 +40,11 @@ class Batch:
     stepped_B: np.ndarray  # False: this call only reset the slot
     frames_BFHWC: np.ndarray | None = None
     uncertainty_B: np.ndarray | None = None
+    drift_B: np.ndarray | None = None
     final_obs: np.ndarray | None = None  # same-step autoreset: last observations of ``finished``
     finished: np.ndarray | None = None  # slot numbers
+    rewards_BP: np.ndarray | None = None  # several players: float64 each
+    ended_BP: np.ndarray | None = None  # out for good, in this step or before
 
 
 class DreamCore:
@@ -66,7 +69,10 @@ class DreamCore:
         self.observation_space = spaces.observation_space(
             self.spec, view.observation, view.frame_stack)
         self.action_space = spaces.action_space(
-            self.spec.action, self.frames if self.per_frame else None)
+            self.spec.action, self.frames if self.per_frame else None, view.flat_actions)
+        self._in_parts = bool(self.spec.action.parts) and not view.flat_actions
+        # what else reset may be told, where the starts know how to use it
+        self.start_options: tuple[str, ...] = tuple(getattr(task.starts, "options", ()))
         frame_like = view.observation == "frame"
         self._newest = 3 if frame_like else int(self.spec.latent_chw[0])
         self._opening = Opening(task, view, self.num_slots)
@@ -134,6 +140,7 @@ class DreamCore:
         seeds: Sequence[int | None] | None = None,
         starts: Sequence[int | None] | None = None,
         frames: Sequence[np.ndarray | None] | None = None,
+        texts: Sequence[dict | None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Begin new episodes in ``slots`` (None: all); the other slots' bytes stay as they are.
 
@@ -142,6 +149,7 @@ class DreamCore:
                 seed from the operating system if it never had one.
             starts: index into the start bank per slot; None samples by (seed, episode).
             frames: the user's own start image (H, W, 3) uint8 per slot, None: from the bank.
+            texts: "prompt" and "negative_prompt" per slot, for worlds that are told what to show.
 
         Returns:
             Observations of all slots (a copy) and start index per reset slot (-1: user's image).
@@ -153,7 +161,7 @@ class DreamCore:
             slots = range(self.num_slots)
         which = range(self.num_slots) if slots is None else slots
         slot_n = np.asarray(which, np.int64)
-        new, index_n = self._opening.begin(self._state, slot_n, seeds, starts, frames)
+        new, index_n = self._opening.begin(self._state, slot_n, seeds, starts, frames, texts)
         self._state = new
         return new.stack_B.copy(), index_n
 
@@ -164,34 +172,44 @@ class DreamCore:
 
         Args:
             actions: (B, *shape), or (B, F, *shape) with the per-frame mapping.
-            autoreset: "NextStep", "SameStep" or "Disabled" (Gymnasium's words).
+            autoreset: "NextStep", "SameStep" or "Disabled" (Gymnasium's words), or "Stay": slots
+                whose episode is over stay as they are.
 
         Raises:
-            ResetNeeded: a slot's episode is over and ``autoreset`` is "Disabled".
+            ResetNeeded: a slot's episode is over and ``autoreset`` says nothing of that.
         """
         state = self.ready()
         due_B = state.done_B
-        if due_B.any() and autoreset != "NextStep":
+        if due_B.any() and autoreset not in ("NextStep", "Stay"):
             raise ResetNeeded(
                 "step after the end of an episode", given=f"slots {np.flatnonzero(due_B).tolist()}",
                 expected="a reset of these slots first", fix="call reset()")
         actions_B = self._check_actions(actions, ~due_B)
         if due_B.any():
-            due = np.flatnonzero(due_B)
             batch, state = self._advance(state, actions_B, np.flatnonzero(~due_B))
-            state, _ = self._opening.begin(state, due)
+            if autoreset == "NextStep":
+                state, _ = self._opening.begin(state, np.flatnonzero(due_B))
         else:
             batch, state = self._advance(state, actions_B, None)
         if autoreset == "SameStep" and state.done_B.any():
             batch.finished = np.flatnonzero(state.done_B)
-            batch.final_obs = state.stack_B[batch.finished]
+            batch.final_obs = self._last_seen(state, batch.finished)
             state, _ = self._opening.begin(state, batch.finished)
         batch.obs_B = state.stack_B.copy()
         self._state = state
         return batch
 
+    def _last_seen(self, state: CoreState, slots: np.ndarray) -> Any:
+        """Last observations of these slots, whose episodes are over."""
+        return state.stack_B[slots]
+
+    def _note(self, batch: Batch, chunk: Any, rows: Any) -> None:
+        """Whatever else a core keeps of a chunk; ``rows``: the stepped slots."""
+
     def _check_actions(self, actions: Any, live_B: np.ndarray) -> np.ndarray:
         spec = self.spec.action
+        if self._in_parts:
+            actions = spaces.join_parts(spec, actions)
         try:
             array = np.asarray(actions)
         except ValueError as error:  # rows of different lengths
@@ -231,6 +249,7 @@ class DreamCore:
             state.world, acts, slots=None if live is None else live.tolist(),
             per_frame=self.per_frame)
         reward, ended, last = outcome.judge(task, chunk, self.frames)
+        self._note(batch, chunk, rows)
         if task.hazard:
             reward = reward - task.hazard * outcome.danger(chunk)
         if spread is not None:
@@ -241,7 +260,11 @@ class DreamCore:
         batch.reward_B[rows], batch.terminated_B[rows], batch.last_frame_B[rows] = (
             reward, ended, last)
         batch.return_B += batch.reward_B
-        reason = outcome.truncations(batch.length_B[rows], ended, spread, task)
+        drift = outcome.drift(task, chunk)
+        if drift is not None:
+            batch.drift_B = np.zeros(slots)
+            batch.drift_B[rows] = drift
+        reason = outcome.truncations(batch.length_B[rows], ended, spread, task, drift)
         batch.reason_B[rows] = reason
         batch.truncated_B = batch.reason_B > 0
         return batch, self._observed(state, world, chunk, batch, rows, live, last)
@@ -290,6 +313,8 @@ class DreamCore:
         shown = spaces.newest(self.ready().stack_B, self._newest, self.view.observation)
         if self.view.observation == "frame":
             return shown.copy()
+        if not getattr(self.task.world, "stands_alone", True):  # a video's latent: show the state's
+            return spaces.to_numpy(self.task.world.decode(self.ready().world.latents_BCHW)).copy()
         return decode(self.task.world, shown).copy()
 
     def get_state(self, np_random: dict | None = None) -> EnvState:

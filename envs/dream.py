@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 
 from worldgym.envs.core import DreamCore
-from worldgym.envs.face import Face, check_options
+from worldgym.envs.face import Face, check_options, own_start
 from worldgym.envs.opening import ViewConfig, check_seed
 from worldgym.envs.outcome import REASONS
 from worldgym.envs.screen import MODES, Screen
@@ -21,7 +21,7 @@ class DreamEnv(Face, gymnasium.Env):
     - Action: held over the chunk's frames, or one per frame (``actions="per_frame"``).
     - Reward: summed up to and including the end frame. ``info["frames"]`` holds the frames up to
       there, ``info["end_frame"]`` (on termination) the index of the last.
-    - ``truncated`` comes with ``info["truncation_reason"]``: horizon, context or distrust.
+    - ``truncated`` comes with ``info["truncation_reason"]``: horizon, context, distrust or drift.
     - ``reset(seed=s)`` starts episode 0 of seed s; ``reset()`` the next episode of that seed.
       ``options``: ``{"start": i}`` takes start state i, ``{"frame": image}`` your own image.
 
@@ -52,10 +52,12 @@ class DreamEnv(Face, gymnasium.Env):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode; nothing is generated. Info holds the start index (-1: your image)."""
         self.core.check_open()
-        chosen = check_options(options, ("start", "frame"))
+        chosen = check_options(options, ("start", "frame", *self.core.start_options))
         seed = None if seed is None else check_seed(seed)
+        frame, texts = own_start(self.core, chosen)
         obs_B, index = self.core.reset(
-            seeds=[seed], starts=[chosen.get("start")], frames=[chosen.get("frame")])
+            seeds=[seed], starts=[chosen.get("start")], frames=[frame],
+            texts=None if texts is None else [texts])
         super().reset(seed=seed)
         self._screen.after_reset()
         return obs_B[0], {"start": int(index[0])}
@@ -74,6 +76,8 @@ class DreamEnv(Face, gymnasium.Env):
             info["frames"] = batch.frames_BFHWC[0, : batch.last_frame_B[0] + 1]
         if batch.uncertainty_B is not None:
             info["uncertainty"] = float(batch.uncertainty_B[0])
+        if batch.drift_B is not None:
+            info["drift"] = float(batch.drift_B[0])
         if terminated:
             info["end_frame"] = int(batch.last_frame_B[0])
         if truncated:

@@ -10,6 +10,8 @@ from worldgym.envs.screen import MODES, Screen
 from worldgym.envs.state import EnvState
 from worldgym.errors import ConfigError, DTypeError, ShapeError, SlotError
 
+TEXTS = ("prompt", "negative_prompt")
+
 
 def check_options(options: Any, known: tuple[str, ...]) -> dict[str, Any]:
     """A copy of reset's options.
@@ -26,12 +28,21 @@ def check_options(options: Any, known: tuple[str, ...]) -> dict[str, Any]:
     if unknown:
         raise ConfigError("unknown reset option", given=unknown, expected=f"some of {known}",
                           fix="check the spelling")
-    images = [k for k in ("frame", "frames") if k in options]
+    images = [k for k in ("frame", "frames", "image", "images") if k in options]
     if len(images) + ("start" in options) > 1:
         raise ConfigError("contradictory reset options", given=sorted(options),
                           expected="a start index or a start image",
                           fix='pass only one of "start", "frame", "frames"')
     return dict(options)
+
+
+def own_start(core: DreamCore, chosen: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """The user's start image and texts of one slot, from reset's checked options."""
+    frame = chosen.get("frame")
+    if "image" in chosen:
+        frame = core.task.starts.picture(chosen["image"])
+    texts = {k: chosen[k] for k in TEXTS if k in chosen}
+    return frame, texts or None
 
 
 class Face:

@@ -4,14 +4,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from worldgym.envs import scope
 from worldgym.envs.dream import DreamEnv
 from worldgym.envs.opening import ViewConfig
 from worldgym.envs.tasks import Task, check_names, load_task
 from worldgym.envs.vector import DreamVectorEnv
 from worldgym.errors import ConfigError
 
-TASK_SETTINGS = ("horizon", "distrust", "penalty", "hazard", "forks", "reward", "end", "spread",
-                 "starts")
+TASK_SETTINGS = ("horizon", "distrust", "drift", "penalty", "hazard", "forks", "reward", "end",
+                 "spread", "starts")
 VIEW_SETTINGS = tuple(f.name for f in fields(ViewConfig))
 
 LOADED = ("device", "temperature")  # settings of the world itself
@@ -21,10 +22,11 @@ World = str | Path | Task
 
 def _split(world: World, settings: dict[str, Any], own: tuple[str, ...]) -> tuple[Task, dict]:
     """The task with its settings applied, and the face's settings."""
-    check_names(settings, [*own, *VIEW_SETTINGS, *TASK_SETTINGS, *LOADED, "max_episode_steps"],
+    loaded = scope.SETTINGS if str(world) == scope.ID else LOADED
+    check_names(settings, [*own, *VIEW_SETTINGS, *TASK_SETTINGS, *loaded, "max_episode_steps"],
                 "env setting")
     rest = dict(settings)
-    load, steps = {k: rest.pop(k) for k in LOADED if k in rest}, rest.pop("max_episode_steps", None)
+    load, steps = {k: rest.pop(k) for k in loaded if k in rest}, rest.pop("max_episode_steps", None)
     changes = {name: rest.pop(name) for name in TASK_SETTINGS if name in rest}
     view = {name: rest[name] for name in VIEW_SETTINGS if name in rest}
     ViewConfig(**view)  # refuse a bad setting before a world is loaded
@@ -33,6 +35,8 @@ def _split(world: World, settings: dict[str, Any], own: tuple[str, ...]) -> tupl
             raise ConfigError(f"{' and '.join(load)} of a task that is already loaded", given=load,
                               expected="a name or folder", fix="load_task(name, ...) with these")
         task = replace(world, **changes)
+    elif str(world) == scope.ID:
+        task = replace(scope.load_scope(**load), **changes)
     else:
         task = load_task(world, **load, **changes)
     if steps is not None:
@@ -47,8 +51,8 @@ def make_dream(world: World, **settings: Any) -> DreamEnv:
     Args:
         world: "worldgym/TakeCover-v0", a folder that ``worldgym fit`` wrote, or a task.
         settings: render_mode; observation, frame_stack, actions, info_frames; horizon, distrust,
-            penalty, hazard, forks, reward, end, spread, starts; max_episode_steps; device,
-            temperature.
+            drift, penalty, hazard, forks, reward, end, spread, starts; max_episode_steps; device,
+            temperature; SCOPE's: see ``worldgym.envs.scope.load_scope``.
 
     Raises:
         ConfigError: an unknown or impossible setting. CheckpointError: files are missing or broken.

@@ -35,6 +35,7 @@ from worldgym.envs.party_games import (
     PartyGame,
     game_named,
 )
+from worldgym.envs.party_scene import Scene, cells, positions
 from worldgym.errors import ActionError, ConfigError, MissingDependencyError, ResetNeeded
 
 try:
@@ -313,6 +314,11 @@ class MeltingPotEnv(ParallelEnv):
                               fix="call reset()")
         return self._frame.copy()
 
+    def scene(self) -> Scene:
+        """What scripted players read."""
+        return Scene(self.game, self.state(), self.cells_N2.copy(), self.orientation_N.copy(),
+                     self.alive_N.copy())
+
     def render(self) -> np.ndarray | None:
         """The frame, six times as large, where render_mode is "rgb_array"."""
         if self.render_mode != "rgb_array":
@@ -330,19 +336,6 @@ def place(image: np.ndarray, game: PartyGame, cell_px: int) -> np.ndarray:
     x, y = (SPRITE_PX * n for n in game.offset_cells)
     frame[y:y + image.shape[0], x:x + image.shape[1]] = image
     return frame if cell_px == SPRITE_PX else halved(frame)
-
-
-def positions(cells_N2: np.ndarray, game: PartyGame) -> np.ndarray:
-    """Cells (..., 2) of a map as centres over the frame: 2 (offset + cell + 1/2) / size - 1."""
-    size = np.array(CELLS_HW[::-1], np.float64)
-    return (2 * (cells_N2 + np.array(game.offset_cells) + 0.5) / size - 1).astype(np.float32)
-
-
-def cells(positions_N2: np.ndarray, game: PartyGame) -> np.ndarray:
-    """Inverse of ``positions``, rounded to the nearest cell: int64."""
-    size = np.array(CELLS_HW[::-1], np.float64)
-    exact = (np.asarray(positions_N2, np.float64) + 1) / 2 * size - 0.5
-    return np.round(exact - np.array(game.offset_cells)).astype(np.int64)
 
 
 __all__ = ["ABSENT", "MeltingPotEnv", "available", "build", "cells", "positions"]

@@ -22,12 +22,14 @@ class ViewConfig:
 
     ``actions``: "hold" repeats one action over the chunk's frames, "per_frame" takes one for each.
     ``info_frames``: put the chunk's frames into info; None: with frame observations only.
+    ``flat_actions``: one Box instead of a Dict, where a world's actions have named parts.
     """
 
     observation: str = "frame"
     frame_stack: int = 1
     actions: str = "hold"
     info_frames: bool | None = None
+    flat_actions: bool = False
 
     def __post_init__(self) -> None:
         if self.actions not in spaces.ACTION_MAPPINGS:
@@ -77,7 +79,7 @@ class Opening:
 
     def begin(
         self, old: CoreState | None, slots: np.ndarray, seeds: Any = None, starts: Any = None,
-        frames: Any = None,
+        frames: Any = None, texts: Any = None,
     ) -> tuple[CoreState, np.ndarray]:
         """State with new episodes in ``slots``, and start index per slot (-1: user's image).
 
@@ -92,6 +94,8 @@ class Opening:
         world, bank = self.task.world, self.task.starts
         seed_list, episode_list = seed_n.tolist(), episode_n.tolist()
         source = bank.gather(index_n)
+        if texts is not None:
+            source = bank.tell(source, texts)
         if old is None or len(slots) == self.num_slots:
             state = world.begin(source, seed_list, episode_list)
         else:
@@ -99,6 +103,8 @@ class Opening:
         stack_n = self._first_stack(source, index_n)
         if given.any():
             own = bank.encode_frames(world, np.stack([f for f in images if f is not None]))
+            if texts is not None:
+                own = bank.tell(own, [t for t, mine in zip(texts, given, strict=True) if mine])
             state = world.restart(state, slots[given].tolist(), own, seed_n[given].tolist(),
                                   episode_n[given].tolist())
             stack_n[given] = self._own_stack(own, images)

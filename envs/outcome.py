@@ -11,7 +11,7 @@ from worldgym.envs.spaces import to_numpy
 from worldgym.envs.tasks import Task
 from worldgym.errors import ConfigError, NotFiniteError, ShapeError
 
-REASONS = ("", "horizon", "context", "distrust")  # a reason code is an index into this tuple
+REASONS = ("", "horizon", "context", "distrust", "drift")  # a reason code is an index into it
 
 
 def judge(task: Task, chunk: Any, frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -98,6 +98,26 @@ def danger(chunk: Any) -> np.ndarray:
     return to_numpy(chance).astype(np.float64)
 
 
+def drift(task: Task, chunk: Any) -> np.ndarray | None:
+    """Drift (B,) of a chunk's frames from what their episodes began with, if the task watches it.
+
+    Raises:
+        ConfigError: the world does not tell it. NotFiniteError: it is not a number.
+    """
+    if task.drift is None:
+        return None
+    told = getattr(chunk, "drift_B", None)
+    if told is None:
+        raise ConfigError("no drift to watch", given="a world whose chunks tell no drift_B",
+                          expected="a world that compares frames with the start",
+                          fix="leave drift at None, or watch distrust")
+    value = to_numpy(told).astype(np.float64)
+    if not np.isfinite(value).all():
+        raise NotFiniteError("the drift is not finite", given=value.tolist()[:8],
+                             expected="finite numbers", fix="check the world's weights")
+    return value
+
+
 def danger_share(chunk: Any) -> np.ndarray:
     """Chance (B,) that a step ends by its share of the danger: 1 - (1 - danger)^(1 / steps ahead).
 
@@ -132,10 +152,13 @@ def end_chances(task: Task, chunk: Any, ended_B: np.ndarray) -> np.ndarray:
 
 
 def truncations(
-    elapsed_B: np.ndarray, terminated_B: np.ndarray, uncertainty_B: np.ndarray | None, task: Task
+    elapsed_B: np.ndarray, terminated_B: np.ndarray, uncertainty_B: np.ndarray | None, task: Task,
+    drift_B: np.ndarray | None = None,
 ) -> np.ndarray:
     """Reason code of every slot (0: not truncated); a terminated slot is never truncated."""
     reason_B = np.zeros(len(elapsed_B), np.int8)
+    if task.drift is not None and drift_B is not None:
+        reason_B[drift_B > task.drift] = REASONS.index("drift")
     if task.distrust is not None and uncertainty_B is not None:
         reason_B[uncertainty_B > task.distrust] = REASONS.index("distrust")
     if task.context_steps is not None:

@@ -147,28 +147,39 @@ class _Table:
         players = [self.policies[k][2]() for k in which]
         for i, player in enumerate(players):
             player.reset(np.random.default_rng([self.seed, number, i]))
-        rows = self._rows(self.envs[n], players)
+        rows = play_rows(self.envs[n], players)
         return rows | {"seed": None, "policy": "|".join(self.policies[k][0] for k in which)}
 
-    def _rows(self, env: MeltingPotEnv, players: Sequence[Any]) -> dict[str, Any]:
-        env.reset()
-        n = env.players
-        nothing = np.zeros(n)
-        rows = [_row(env, np.full(n, ABSENT), nothing, nothing)]
-        done, finished, late = np.zeros(n, bool), np.zeros(n, bool), False
-        while not (done.all() or late):
-            scene = Scene(self.game, env.state(), env.cells_N2, env.orientation_N, env.alive_N)
-            joint = np.array([0 if not env.alive_N[i] else player.act(scene, i)
-                              for i, player in enumerate(players)])
-            rewards, finished, late = env.advance(joint)
-            rows.append(_row(env, joint, np.where(done, 0, rewards), finished & ~done))
-            done = done | finished
-        last = np.arange(len(rows)) == len(rows) - 1
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
-            "terminated": last & bool(done.all()), "truncated": last & (not done.all())}
+
+def play_rows(env: Any, players: Sequence[Any], seed: int | None = None) -> dict[str, Any]:
+    """The rows of one episode of a real game or a dream, as the store takes them.
+
+    Args:
+        env: a ``MeltingPotEnv`` or a ``DreamParallelEnv``.
+        players: one ``worldgym.agents.party.Player`` each, reset.
+        seed: of the episode; None: the env's next.
+    """
+    env.reset(seed=seed)
+    n = env.players
+    nothing = np.zeros(n)
+    scene = env.scene()
+    rows = [_row(env, scene, np.full(n, ABSENT), nothing, nothing)]
+    done, finished, late = np.zeros(n, bool), np.zeros(n, bool), False
+    while not (done.all() or late):
+        for i, player in enumerate(players):
+            player.watch(scene, i)
+        joint = np.array([0 if done[i] or not scene.alive_N[i] else player.act(scene, i)
+                          for i, player in enumerate(players)])
+        rewards, finished, late = env.advance(joint)
+        scene = env.scene()
+        rows.append(_row(env, scene, joint, np.where(done, 0, rewards), finished & ~done))
+        done = done | finished
+    last = np.arange(len(rows)) == len(rows) - 1
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
+        "terminated": last & bool(done.all()), "truncated": last & (not done.all())}
 
 
-def _row(env: MeltingPotEnv, actions: np.ndarray, rewards: np.ndarray,
+def _row(env: Any, scene: Scene, actions: np.ndarray, rewards: np.ndarray,
          ended: np.ndarray) -> dict[str, np.ndarray]:
     """One row of the store, padded to all slots."""
     n = env.players
@@ -178,10 +189,10 @@ def _row(env: MeltingPotEnv, actions: np.ndarray, rewards: np.ndarray,
         out[:n] = values
         return out
 
-    return {"frames": env.state(), "actions": pad(actions, np.int16, ABSENT),
+    return {"frames": scene.frame, "actions": pad(actions, np.int16, ABSENT),
             "rewards": pad(rewards, np.float32, 0),
             "info_position": pad(env.positions_N2, np.float32, np.nan),
-            "info_orientation": pad(env.orientation_N, np.int8, -1),
-            "info_alive": pad(env.alive_N, np.bool_, False),
+            "info_orientation": pad(scene.orientation_N, np.int8, -1),
+            "info_alive": pad(scene.alive_N, np.bool_, False),
             "info_valid": pad(np.ones(n), np.bool_, False),
             "info_ended": pad(ended, np.bool_, False)}

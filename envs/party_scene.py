@@ -19,13 +19,15 @@ TOLERANCE = 24  # largest difference of a colour channel at which two colours ar
 @dataclass(frozen=True)
 class Scene:
     """What the players see: ``frame`` (H, W, 3) uint8, ``cells_N2``, ``orientation_N``,
-    ``alive_N``, and the ``roles`` of the game."""
+    ``alive_N``, and the ``roles`` of the game; ``position_N2``: exactly where a dream says that
+    players stand, in [-1, 1] over the frame."""
 
     game: PartyGame
     frame: np.ndarray
     cells_N2: np.ndarray
     orientation_N: np.ndarray
     alive_N: np.ndarray
+    position_N2: np.ndarray | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -82,3 +84,16 @@ def open_cells(rows: tuple[str, ...], solid: str) -> frozenset[Cell]:
     """Cells of a map without walls."""
     return frozenset((x, y) for y, row in enumerate(rows) for x, char in enumerate(row)
                      if char not in solid)
+
+
+def positions(cells_N2: np.ndarray, game: PartyGame) -> np.ndarray:
+    """Cells (..., 2) of a map as centres over the frame: 2 (offset + cell + 1/2) / size - 1."""
+    size = np.array(CELLS_HW[::-1], np.float64)
+    return (2 * (cells_N2 + np.array(game.offset_cells) + 0.5) / size - 1).astype(np.float32)
+
+
+def cells(positions_N2: np.ndarray, game: PartyGame) -> np.ndarray:
+    """Inverse of ``positions``, rounded to the nearest cell: int64."""
+    size = np.array(CELLS_HW[::-1], np.float64)
+    exact = (np.asarray(positions_N2, np.float64) + 1) / 2 * size - 0.5
+    return np.round(exact - np.array(game.offset_cells)).astype(np.int64)

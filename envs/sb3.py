@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from worldgym.envs.core import Batch, DreamCore
-from worldgym.envs.face import Face, check_options
+from worldgym.envs.face import Face, check_options, own_start
 from worldgym.envs.opening import ViewConfig, check_seed
 from worldgym.envs.outcome import REASONS
 from worldgym.envs.screen import MODES, Screen
@@ -42,6 +42,7 @@ class DreamVecEnv(Face, VecEnv):
                               expected='None, "rgb_array" or "human"',
                               fix='pass render_mode="rgb_array"')
         view.setdefault("info_frames", False)
+        view.setdefault("flat_actions", True)  # SB3 has no Dict actions
         self._settings = {"render_mode": render_mode, **view}
         self.core = DreamCore(task, num_envs, ViewConfig(**view))
         self._screen = Screen(render_mode, self.core)
@@ -63,10 +64,13 @@ class DreamVecEnv(Face, VecEnv):
     def reset(self) -> np.ndarray:
         """Start an episode in every slot, with the seeds and options that were set."""
         self.core.check_open()
-        chosen = [check_options(o, ("start", "frame")) for o in self._options]
+        known = ("start", "frame", *self.core.start_options)
+        chosen = [check_options(o, known) for o in self._options]
+        own = [own_start(self.core, c) for c in chosen]
         obs_B, index_B = self.core.reset(
             seeds=self._seeds, starts=[c.get("start") for c in chosen],
-            frames=[c.get("frame") for c in chosen])
+            frames=[frame for frame, _ in own],
+            texts=[t for _, t in own] if any(t for _, t in own) else None)
         self._screen.after_reset()
         self._actions = None
         self._reset_seeds()

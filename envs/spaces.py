@@ -3,6 +3,7 @@
 Shapes: B slots, F pixel frames of a chunk, H W pixels, C latent channels, k stacked observations.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
 from worldgym.actions import ActionSpec
-from worldgym.errors import ConfigError, DTypeError, ShapeError
+from worldgym.errors import ActionError, ConfigError, DTypeError, ShapeError
 from worldgym.spec import WorldSpec
 
 OBSERVATIONS = ("frame", "latent")
@@ -56,10 +57,23 @@ def action_spec(space: spaces.Space) -> ActionSpec:
     )
 
 
-def action_space(spec: ActionSpec, frames: int | None = None) -> spaces.Space:
-    """The Gymnasium space of one action, or of ``frames`` actions (``per_frame`` mapping)."""
+def action_space(spec: ActionSpec, frames: int | None = None, flat: bool = False) -> spaces.Space:
+    """The Gymnasium space of one action, or of ``frames`` actions (``per_frame`` mapping).
+
+    Actions with named parts are a Dict, or with ``flat`` the Box of all of them side by side.
+    """
+    if spec.parts and not flat:
+        shown: dict[str, spaces.Space] = {}
+        low, high, at = np.float32(spec.low), np.float32(spec.high), 0
+        for name, kind, count in spec.parts:
+            part = slice(at, at + count)
+            shown[name] = spaces.MultiBinary(count) if kind == "multi_binary" else spaces.Box(
+                low[part], high[part], dtype=np.float32)
+            at += count
+        single: spaces.Space = spaces.Dict(shown)
+        return single if frames is None else batch_space(single, frames)
     if spec.kind == "discrete":
-        single: spaces.Space = spaces.Discrete(spec.sizes[0], start=spec.start)
+        single = spaces.Discrete(spec.sizes[0], start=spec.start)
     elif spec.kind == "multi_discrete":
         single = spaces.MultiDiscrete(np.asarray(spec.sizes, np.int64))
     elif spec.kind == "multi_binary":
@@ -69,6 +83,47 @@ def action_space(spec: ActionSpec, frames: int | None = None) -> spaces.Space:
         high = np.asarray(spec.high, np.float32).reshape(spec.shape)
         single = spaces.Box(low, high, dtype=np.float32)
     return single if frames is None else batch_space(single, frames)
+
+
+def join_parts(spec: ActionSpec, actions: Any) -> np.ndarray:
+    """Flat actions (..., components) of a Dict of batches, or of a sequence of Dict actions.
+
+    Raises:
+        ActionError: not a Dict of the named parts, or not numbers. ShapeError: parts do not fit.
+    """
+    if isinstance(actions, list | tuple):
+        joined = [join_parts(spec, action) for action in actions]
+        if len({a.shape for a in joined}) != 1:
+            raise ShapeError("action batch is ragged", given=[a.shape for a in joined][:4],
+                             expected="actions of one shape", fix="give every slot an action")
+        return np.stack(joined)
+    names = [name for name, _, _ in spec.parts]
+    if not isinstance(actions, Mapping) or sorted(map(str, actions)) != sorted(names):
+        given = sorted(map(str, actions)) if isinstance(actions, Mapping) else type(actions)
+        raise ActionError("action lacks its parts", given=given, expected=f"a dict of {names}",
+                          fix="sample from env.action_space, or make the env with "
+                          "flat_actions=True")
+    columns = []
+    for name, kind, count in spec.parts:
+        try:
+            part = np.asarray(to_numpy(actions[name]))
+        except ValueError:  # ragged
+            part = np.asarray(None)
+        if part.dtype.kind not in "iufb":
+            raise ActionError(f"{name} are not numeric", given=repr(actions[name])[:60],
+                              expected=f"{count} numbers", fix="pass numbers")
+        if part.shape[-1:] != (count,):
+            raise ShapeError(f"{name} have the wrong shape", given=part.shape,
+                             expected=f"(..., {count})", fix="sample from env.action_space")
+        if kind == "multi_binary" and not np.isin(part, (0, 1)).all():
+            raise ActionError(f"{name} are neither 0 nor 1", given=part.ravel()[:8].tolist(),
+                              expected="0 or 1", fix="round the policy's output")
+        columns.append(part.astype(np.float64))
+    if len({c.shape[:-1] for c in columns}) != 1:
+        raise ShapeError("parts of an action differ in shape",
+                         given={n: c.shape for n, c in zip(names, columns, strict=True)},
+                         expected="the same leading axes", fix="sample from env.action_space")
+    return np.concatenate(columns, -1)
 
 
 def observation_space(spec: WorldSpec, observation: str, frame_stack: int) -> spaces.Box:

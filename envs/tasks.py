@@ -47,6 +47,8 @@ class Task:
 
     ``horizon``: steps after which an episode is truncated (None: never). ``distrust``: truncate
     when the uncertainty of a step (spread over ``forks`` forks with fresh noise) exceeds this.
+    ``drift``: truncate when a step's frames have moved this far from the episode's first
+    (``Chunk.drift_B``, for worlds that tell it).
     ``penalty``: uncertainty times this is taken off the reward. ``hazard``: the danger of a
     step (chance of an end within the next steps, as recorded play went on) times this is taken off
     its reward, so that an agent feels what it was lucky to survive, and what only a dream lets it
@@ -62,6 +64,7 @@ class Task:
     end: str | Judge = "head"
     horizon: int | None = None
     distrust: float | None = None
+    drift: float | None = None
     penalty: float = 0.0
     hazard: float = 0.0
     forks: int = 4
@@ -77,9 +80,9 @@ class Task:
             raise ConfigError("impossible number of forks", given=repr(self.forks),
                               expected="an int of at least 2", fix="pass forks=4")
         value: Any
-        for name, value in (("distrust", self.distrust), ("penalty", self.penalty),
-                            ("hazard", self.hazard)):
-            if value is None and name == "distrust":
+        for name, value in (("distrust", self.distrust), ("drift", self.drift),
+                            ("penalty", self.penalty), ("hazard", self.hazard)):
+            if value is None and name in ("distrust", "drift"):
                 continue
             number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
             if not number or not np.isfinite(value) or value < 0:

@@ -7,7 +7,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from worldgym.envs.core import Batch, DreamCore
-from worldgym.envs.face import Face, check_mask, check_options, per_slot
+from worldgym.envs.face import TEXTS, Face, check_mask, check_options, per_slot
 from worldgym.envs.opening import ViewConfig, check_seed
 from worldgym.envs.outcome import REASONS
 from worldgym.envs.screen import MODES, Screen
@@ -69,7 +69,8 @@ class DreamVectorEnv(Face, VectorEnv):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start episodes in all slots, or in those of ``options["reset_mask"]``."""
         self.core.check_open()
-        known = ("start", "frame", "frames", "reset_mask")
+        own = self.core.start_options
+        known = ("start", "frame", "frames", "reset_mask", *own, *("images",) * ("image" in own))
         chosen, count = check_options(options, known), self.num_envs
         slots = np.arange(count)
         if "reset_mask" in chosen:
@@ -81,11 +82,12 @@ class DreamVectorEnv(Face, VectorEnv):
         else:
             seeds = per_slot(seed, count, "seed")
         starts = per_slot(chosen.get("start"), count, "start")
-        frames = self._own_frames(chosen)
+        frames, texts = self._own_frames(chosen), self._texts(chosen)
         obs_B, index_n = self.core.reset(
             slots=None if len(slots) == count else slots.tolist(),
             seeds=[seeds[i] for i in slots], starts=[starts[i] for i in slots],
-            frames=[frames[i] for i in slots])
+            frames=[frames[i] for i in slots],
+            texts=None if texts is None else [texts[i] for i in slots])
         if seed is not None and np.ndim(seed) == 0:
             super().reset(seed=int(seed))
         self._screen.after_reset(slots)
@@ -93,7 +95,18 @@ class DreamVectorEnv(Face, VectorEnv):
         start_B[slots], mask_B[slots] = index_n, True
         return obs_B, {"start": start_B, "_start": mask_B}
 
+    def _texts(self, chosen: dict[str, Any]) -> list[dict[str, Any]] | None:
+        told = {k: per_slot(chosen[k], self.num_envs, k) for k in TEXTS if k in chosen}
+        if not told:
+            return None
+        return [{k: v[i] for k, v in told.items()} for i in range(self.num_envs)]
+
     def _own_frames(self, chosen: dict[str, Any]) -> list[Any]:
+        if "image" in chosen:
+            return [self.core.task.starts.picture(chosen["image"])] * self.num_envs
+        if "images" in chosen:
+            chosen = {"frames": [p if p is None else self.core.task.starts.picture(p)
+                                 for p in chosen["images"]]}
         if "frames" not in chosen:
             return [chosen.get("frame")] * self.num_envs
         frames = chosen["frames"]
@@ -135,6 +148,8 @@ class DreamVectorEnv(Face, VectorEnv):
             add("frames", self._frames(batch, rows_B), rows_B)
         if batch.uncertainty_B is not None:
             add("uncertainty", batch.uncertainty_B.copy(), rows_B)
+        if batch.drift_B is not None:
+            add("drift", batch.drift_B.copy(), rows_B)
         add("end_frame", batch.last_frame_B.copy(), rows_B & batch.terminated_B)
         if batch.truncated_B.any():
             words = np.array([None, *REASONS[1:]], object)

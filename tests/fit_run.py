@@ -12,11 +12,17 @@ import sys
 import torch
 
 from worldgym.train.fit import FitConfig, fit
+from worldgym.train.fit_party import FitPartyConfig, fit_party
 from worldgym.train.loop import Loop
 
 
 def recorded(settings: dict, kill: tuple[str, int, str] | None = None) -> dict[str, list[float]]:
-    """Fit; returns the loss of every iteration by part. ``kill``: (part, iteration, signal)."""
+    """Fit; returns the loss of every iteration by part. ``kill``: (part, iteration, signal).
+
+    Settings with ``party`` are those of a world of several players.
+    """
+    settings = dict(settings)
+    party = settings.pop("party", False)
     losses: dict[str, list[float]] = {}
     step = Loop._step
 
@@ -29,7 +35,7 @@ def recorded(settings: dict, kill: tuple[str, int, str] | None = None) -> dict[s
 
     Loop._step = watched
     try:
-        fit(FitConfig(**settings))
+        fit_party(FitPartyConfig(**settings)) if party else fit(FitConfig(**settings))
     finally:
         Loop._step = step
     return losses

@@ -20,9 +20,10 @@ class ActionSpec:
 
     ``sizes``: number of choices per component (discrete kinds), or the flat length of a
     MultiBinary; ``low``/``high``: flat bounds of a Box; ``shape``: shape of one action;
-    ``start``: first legal value of a Discrete. Component c of a discrete kind becomes a one-hot of
-    ``sizes[c]``; a Box is scaled to [-1, 1]. The last feature is 1 for the null action (no action
-    led to this frame: the first frame of an episode, or padding).
+    ``start``: first legal value of a Discrete; ``parts``: the (name, kind, length) under which a
+    face may show stretches of a flat Box, "multi_binary" or "box" each. Component c of a discrete
+    kind becomes a one-hot of ``sizes[c]``; a Box is scaled to [-1, 1]. The last feature is 1 for
+    the null action (no action led to this frame: the first frame of an episode, or padding).
 
     >>> spec = ActionSpec.discrete(3)
     >>> spec.encode(np.array([2])).tolist()
@@ -35,6 +36,7 @@ class ActionSpec:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     start: int = 0
+    parts: tuple[tuple[str, str, int], ...] = ()
 
     @classmethod
     def discrete(cls, n: int, start: int = 0) -> "ActionSpec":
@@ -45,6 +47,7 @@ class ActionSpec:
     def from_json(cls, data: dict) -> "ActionSpec":
         """Inverse of ``dataclasses.asdict``."""
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        known["parts"] = tuple((str(n), str(k), int(c)) for n, k, c in known.get("parts", ()))
         return cls(**known)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from worldgym.errors import ConfigError, DTypeError, ShapeError
 from worldgym.models.action_module import Controls
 from worldgym.models.scope import ScopeDiT, frame_times
-from worldgym.schedule import Euler
+from worldgym.schedule import Euler, UniPC
 
 SIZE_STEP = 32  # pixels: latent stride 16, patches of 2
 TIME_STEP = 4  # raw frames per latent frame
@@ -94,7 +94,8 @@ class Sampler:
     ``guidance``: on the text alone; 1 skips the negative pass. ``timestep_dtype``: what timesteps
     are rounded to before the network sees them (the published pipeline runs in bfloat16 and the
     step itself stays exact); float32 switches the rounding off. ``latent_dtype``: of the sample
-    between steps; None = the network's own, as published.
+    between steps; None = the network's own, as published. ``solver``: "euler", as published, or
+    "unipc", which needs fewer steps. ``together``: both passes of guidance as one batch.
     """
 
     steps: int = 30
@@ -103,21 +104,45 @@ class Sampler:
     strength: float = 1.0
     timestep_dtype: torch.dtype = torch.bfloat16
     latent_dtype: torch.dtype | None = None
+    solver: str = "euler"
+    together: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.guidance):
             raise ConfigError("impossible guidance", given=self.guidance, expected="a number",
                               fix="use 5.0, or 1.0 for none")
+        if self.solver not in ("euler", "unipc") or (
+                self.solver == "unipc" and self.strength != 1):
+            raise ConfigError("unknown solver", given=f"{self.solver}, strength {self.strength}",
+                              expected="euler, or unipc at strength 1", fix="use euler")
         self.schedule()
 
-    def schedule(self) -> Euler:
+    @property
+    def passes(self) -> int:
+        """Network passes of a clip."""
+        return self.steps * (1 if self.guidance == 1.0 else 2)
+
+    def schedule(self) -> Euler | UniPC:
         """Noise levels of the steps."""
+        if self.solver == "unipc":
+            return UniPC(self.steps, shift=self.shift)
         return Euler(self.steps, shift=self.shift, strength=self.strength)
 
 
 def prepare_image(image_HWC: np.ndarray, size: ClipSize,
                   dtype: torch.dtype = torch.float32) -> Tensor:
     """Pixels (1, 3, 1, H, W) in [-1, 1] of an RGB picture: centre crop to the aspect, bicubic."""
+    return to_pixels(fit_image(image_HWC, size), dtype)
+
+
+def to_pixels(image_HWC: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pixels (1, 3, 1, H, W) in [-1, 1] of uint8 values, in the arithmetic of ``dtype``."""
+    x_HWC = torch.from_numpy(image_HWC).to(dtype) * (2 / 255) - 1
+    return x_HWC.permute(2, 0, 1)[None, :, None]
+
+
+def fit_image(image_HWC: np.ndarray, size: ClipSize) -> np.ndarray:
+    """An RGB picture uint8 (H, W, 3) of the clip's size: centre crop to the aspect, bicubic."""
     from worldgym.extras import need
 
     picture = need("PIL.Image", "reading pictures", "wan")
@@ -136,9 +161,7 @@ def prepare_image(image_HWC: np.ndarray, size: ClipSize,
         crop_h = max(1, int(have_w / size.width * size.height))
     top, left = (have_h - crop_h) // 2, (have_w - crop_w) // 2
     cropped = picture.fromarray(image_HWC[top:top + crop_h, left:left + crop_w])
-    resized = np.array(cropped.resize((size.width, size.height)))
-    x_HWC = torch.from_numpy(resized).to(dtype) * (2 / 255) - 1
-    return x_HWC.permute(2, 0, 1)[None, :, None]
+    return np.array(cropped.resize((size.width, size.height)))
 
 
 def draw_noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -182,6 +205,9 @@ def denoise(dit: ScopeDiT, noise_BCFhw: Tensor, text: TextKV, negative: TextKV |
             raise ConfigError("cannot go on from there", given=f"step {first}, {tuple(x.shape)}",
                               expected=f"a step up to {len(schedule)}, {tuple(noise_BCFhw.shape)}",
                               fix="begin anew")
+        if isinstance(schedule, UniPC) and first:
+            raise ConfigError("cannot go on within a multi-step run", given=f"step {first}",
+                              expected="step 0, or the euler solver", fix="begin anew")
     given = None if first_BC1hw is None else first_BC1hw.to(x)
     b, frames = x.shape[0], x.shape[2]
 
@@ -194,20 +220,37 @@ def denoise(dit: ScopeDiT, noise_BCFhw: Tensor, text: TextKV, negative: TextKV |
         out = dit(x.to(weight.dtype), t_BF, text_kv=text_kv, controls=controls)
         return out.to(dtype)
 
+    both, doubled = None, None
+    if guided and sampler.together:
+        both = [tuple(torch.cat([y.expand(b, -1, -1, -1) for y in pair])
+                      for pair in zip(kv, no_kv, strict=True))
+                for kv, no_kv in zip(text, negative, strict=True)]  # type: ignore[arg-type]
+        doubled = controls and [c.twice() for c in controls]
+
+    def flows_of(t_BF: Tensor) -> tuple[Tensor, Tensor | None]:
+        if both is not None:
+            out = dit(torch.cat([x, x]).to(weight.dtype), torch.cat([t_BF, t_BF]), text_kv=both,
+                      controls=doubled).to(dtype)
+            return out[:b], out[b:]
+        return flow(t_BF, text), flow(t_BF, negative) if guided else None  # type: ignore[arg-type]
+
     x = keep_first(x)
+    run = schedule.begin(x) if isinstance(schedule, UniPC) else None
+    times_S = schedule.timesteps_S if isinstance(schedule, Euler) else torch.tensor(
+        schedule.timesteps, dtype=torch.float32)
     if watch is not None:
         watch(first, x)
     for i in range(first, len(schedule)):
-        t = schedule.timesteps_S[i].to(weight.device, sampler.timestep_dtype)
+        t = times_S[i].to(weight.device, sampler.timestep_dtype)
         t_BF = frame_times(t, b, frames, given is not None)
-        v = positive = flow(t_BF, text)
-        opposite = None
-        if guided:
-            opposite = flow(t_BF, negative)  # type: ignore[arg-type]
+        positive, opposite = flows_of(t_BF)
+        v = positive
+        if opposite is not None:
             v = opposite + sampler.guidance * (positive - opposite)
         if flows is not None:
             flows(i, positive, opposite)
-        x = keep_first(schedule.step(x, v, i))
+        x = schedule.step(x, v, i) if isinstance(schedule, Euler) else run.step(v).clone()
+        x = keep_first(x)
         if watch is not None:
             watch(i + 1, x)
     return x

@@ -30,7 +30,9 @@ class Chunk:
     ``end_probability_B``; ``danger_B``: chance of an end within the next steps, as recorded play
     went on (``ahead`` steps; 1: the end chance); ``draw_B``: the uniform numbers that decided the
     ends; ``end_frame_B``: index of the last frame that counts; ``uncertainty_B``: fork spread, if
-    it was asked for. ``frames()`` decodes on first use.
+    it was asked for; ``drift_B``: how far the frames have moved from what the episode began with,
+    where a world tells it. ``frames()`` decodes on first use: with ``video``, all of the chunk at
+    once, or with ``decode``, latent by latent.
     """
 
     slots: np.ndarray
@@ -42,13 +44,17 @@ class Chunk:
     uncertainty_B: np.ndarray | None = None
     danger_B: np.ndarray | None = None
     draw_B: np.ndarray | None = None
+    drift_B: np.ndarray | None = None
     ahead: int = 1
     subjects: object = None
+    video: Callable[[], Tensor] | None = field(default=None, repr=False)
     decode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     _frames: Tensor | None = field(default=None, repr=False)
 
     def frames(self) -> Tensor:
         """Decoded frames uint8 (B, F, H, W, 3)."""
+        if self._frames is None and self.video is not None:
+            self._frames = self.video()
         if self._frames is None:
             assert self.decode is not None
             b, f = self.latents_BFChw.shape[:2]
@@ -74,14 +80,21 @@ class World:
     """
 
     latent_dtype = torch.float32  # of what a codec makes; ids where latents are tokens
+    stands_alone = True  # a latent of a chunk decodes by itself
 
     def __init__(self, spec: WorldSpec, codec: Codec, dynamics: Dynamics, outcome: Any,
                  policy: SinkWindow, schedule: FewStep | UniPC, *, temperature: float = 1.0,
                  context_noise: float = 0.0, fingerprint: str = "",
                  device: torch.device | str = "cpu", max_pages: int | None = None) -> None:
-        if spec.latents_per_chunk != 1:
-            raise ConfigError("chunk is too long for this engine", given=spec.latents_per_chunk,
-                              expected="1 latent frame per step", fix="set latents_per_chunk=1")
+        n = spec.latents_per_chunk
+        if n < 1 or spec.frames_per_chunk % n or (n > 1 and (
+                dynamics.cfg.recent or outcome is not None or spec.context_frames < n)):
+            raise ConfigError(
+                "chunk is too long for this network or its heads", given=f"{n} latent frames per "
+                f"step, recent {dynamics.cfg.recent}, window {spec.context_frames + 1}",
+                expected="1 latent frame per step; more only where no frame reads the very frame "
+                "before it (recent=0), no head judges single frames, and a chunk fits the window",
+                fix="set latents_per_chunk=1")
         if not 0 < temperature <= 10:
             raise ConfigError("impossible temperature", given=temperature,
                               expected="a number above 0, at most 10", fix="use 1.0, or about 1.3")
@@ -189,8 +202,9 @@ class World:
                 raise ShapeError("per-frame actions", given=raw.shape,
                                  expected=(len(index), self.spec.frames_per_chunk, "..."),
                                  fix="give one action per generated frame")
-            raw = raw[:, 0]
-        features = self._controls(raw, state, index)
+            features = self._dense_controls(raw, state, index)
+        else:
+            features = self._controls(raw, state, index)
         part = state if slots is None else state.select(index)
         new, chunk = self._advance(part, features)
         chunk.slots = index
@@ -200,12 +214,13 @@ class World:
         latents, extra, tables = self._generate(state, action_BA)
         try:
             chunk, extra = self._judge(state, action_BA, latents, extra)
-            history = torch.cat([state.history_BKChw[:, 1:], latents[:, None]], 1)
+            history, pending = self._kept(state, action_BA, chunk)
+            n = latents.shape[1]
             counters = {
-                "index_B": state.index_B + 1, "step_B": state.step_B + 1,
-                "lengths_B": np.minimum(state.lengths_B + 1, self.history),
+                "index_B": state.index_B + n, "step_B": state.step_B + 1,
+                "lengths_B": np.minimum(state.lengths_B + n, self.history),
                 "seed_B": state.seed_B, "episode_B": state.episode_B, "branch_B": state.branch_B}
-            new = WorldState(self.pool, self.fingerprint, tables, history, action_BA, counters,
+            new = WorldState(self.pool, self.fingerprint, tables, history, pending, counters,
                              extra)
         finally:  # the new state holds the pages now, or nobody does
             self.pool.decref(_unowned(tables, state.tables))
@@ -213,8 +228,8 @@ class World:
 
     def _generate(self, state: WorldState,
                   action_BA: Tensor) -> tuple[Tensor, dict[str, Tensor], Tables]:
-        """Latents (B, C, h, w) of the next frame, what else the new state keeps, and the tables
-        with the current frame committed."""
+        """Latents (B, F, C, h, w) of the next chunk, what else the new state keeps, and the tables
+        with every frame committed but the chunk's last."""
         keys = state.keys_B4
         current, last, new, joint = self._blocks(state, action_BA)
         x = self.noise(keys, 0)
@@ -227,10 +242,22 @@ class World:
                 x0 = few_step(self.stepper, x, self.schedule, lambda i: self.noise(keys, i),
                               attend, new, flow)
             latents, extra = self._made(state, action_BA, x0)
+            if x0.shape[2] > 1 and new.frames > 1:
+                tables = self._commit_made(tables, state.tables, x0, new)
         except BaseException:
             self.pool.decref(_unowned(tables, state.tables))
             raise
         return latents, extra, tables
+
+    def _commit_made(self, tables: Tables, old: Tables, x0: Tensor, block: Block) -> Tables:
+        """Tables with all frames of a chunk but its last, which the next step commits."""
+        kept = self.stepper.context(tables, block.frames - 1)
+        given = {"cond_BFD": block.given["cond_BFD"][:, :-1]}
+        out, _ = self.stepper.commit(kept, x0[:, :, :-1], self.context_t,
+                                     Block(block.index_Bn[:, :-1], given))
+        mine = _unowned(tables, old)
+        self.pool.decref(mine[~np.isin(mine, kept.pages_BP)])
+        return out
 
     # -- what worlds of another kind change --------------------------------------------------
 
@@ -255,27 +282,35 @@ class World:
     def _past(self, past_BCKhw: Tensor, features_BKA: Tensor, index_BK: np.ndarray,
               starts: Starts, extra: dict[str, Tensor]) -> tuple[Tensor, Block]:
         """Network input of a start's past frames, and their block."""
+        recent = self.dynamics.cfg.recent
         return past_BCKhw, Block(index_BK, {
             "cond_BFD": self._condition(features_BKA),
-            "recent_BRFhw": before(past_BCKhw, self.dynamics.cfg.recent)})
+            "recent_BRFhw": before(past_BCKhw, recent) if recent else None})
 
     def _blocks(self, state: WorldState, action_BA: Tensor) -> tuple[Tensor, Block, Block, dict]:
         """The current frame as network input, its block, the next frame's, and the arguments of
         the network when both run together."""
-        pending, cond = self._condition(state.pending_BA[:, None]), self._condition(
-            action_BA[:, None])
-        recent = self._recent(state)
-        new = Block(state.index_B[:, None] + 1,
-                    {"cond_BFD": cond, "recent_BRFhw": recent[:, :, 1:]})
+        n = self.spec.latents_per_chunk
+        every = action_BA if action_BA.ndim == 3 else action_BA[:, None].expand(-1, n, -1)
+        pending, cond = self._condition(state.pending_BA[:, None]), self._condition(every)
+        recent = self._recent(state) if self.dynamics.cfg.recent else None
+        new = Block(state.index_B[:, None] + np.arange(1, n + 1)[None], {
+            "cond_BFD": cond, "recent_BRFhw": None if recent is None else recent[:, :, 1:]})
         return state.latents_BCHW[:, :, None], Block(state.index_B[:, None]), new, {
             "cond_BFD": torch.cat([pending, cond], 1), "recent_BRFhw": recent}
 
     def _made(self, state: WorldState, action_BA: Tensor,
               x0: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents (B, C, h, w) of a sample, and what else the next state keeps."""
-        return x0[:, :, 0], state.extra
+        """Latents (B, F, C, h, w) of a sample, and what else the next state keeps."""
+        return x0.transpose(1, 2).contiguous(), state.extra
 
-    def _judge(self, state: WorldState, action_BA: Tensor, latents_BChw: Tensor,
+    def _kept(self, state: WorldState, action_BA: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """History and pending actions of the state after a chunk."""
+        history = torch.cat([state.history_BKChw, chunk.latents_BFChw], 1)
+        pending = action_BA if action_BA.ndim == 2 else action_BA[:, -1]
+        return history[:, -self.history:].contiguous(), pending
+
+    def _judge(self, state: WorldState, action_BA: Tensor, latents_BFChw: Tensor,
                extra: dict[str, Tensor]) -> tuple[Chunk, dict[str, Tensor]]:
         """The chunk with its rewards and ends, and what else the next state keeps."""
         end_B, rewards_B2, danger_B = self._outcome(state, action_BA)
@@ -284,16 +319,17 @@ class World:
         terminated = draw < chance
         rewards = rewards_B2.cpu().numpy()
         reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)
-        b = len(latents_BChw)
-        return Chunk(np.arange(b), latents_BChw[:, None], reward, terminated, chance,
-                     np.zeros(b, np.int64), danger_B=danger_B.double().cpu().numpy(),
+        b, last = len(latents_BFChw), self.spec.frames_per_chunk - 1
+        return Chunk(np.arange(b), latents_BFChw, reward, terminated, chance,
+                     np.full(b, last, np.int64), danger_B=danger_B.double().cpu().numpy(),
                      draw_B=draw, ahead=getattr(self.outcome, "ahead", 1),
                      decode=self.decode), extra
 
     def noise(self, keys_B4: np.ndarray, number: int) -> Tensor:
-        """The sampler's noise (B, C, 1, h, w) of pass ``number`` for slots with these keys."""
-        noise = normal(keys_B4, number, self.spec.latent_chw, self.device)
-        return self.temperature * noise[:, :, None]
+        """The sampler's noise (B, C, F, h, w) of pass ``number`` for slots with these keys."""
+        n = self.spec.latents_per_chunk
+        noise = normal(keys_B4, number, (n, *self.spec.latent_chw), self.device)
+        return self.temperature * noise.transpose(1, 2).contiguous()
 
     def _recent(self, state: WorldState) -> Tensor:
         """The frames before the current and before the next frame, (B, R, 2, h, w)."""
@@ -306,7 +342,7 @@ class World:
 
     def _outcome(self, state: WorldState, action_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.outcome is None:
-            zero = torch.zeros(len(action_BA), device=self.device)
+            zero = torch.zeros(len(state.step_B), device=self.device)
             return zero, zero[:, None].expand(-1, 2), zero
         return self.outcome(state.history_BKChw, action_BA)
 
@@ -315,6 +351,15 @@ class World:
     def _controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
         """Action features (n, A) of what was given to ``step`` for these slots, checked."""
         return self._features(self.spec.action.check(raw, len(index)))
+
+    def _dense_controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
+        """The same of one action per pixel frame, (n, frames, ...): (n, A), or (n, F, A) with
+        several latent frames F, each of which hears the first action of its pixel frames."""
+        count = self.spec.latents_per_chunk
+        heard = raw[:, ::self.spec.frames_per_chunk // count]
+        if count == 1:
+            return self._controls(heard[:, 0], state, index)
+        return torch.stack([self._controls(heard[:, i], state, index) for i in range(count)], 1)
 
     def _start_controls(self, actions: np.ndarray, unused: np.ndarray) -> Tensor:
         """Action features (n, A) of a start's frames, checked; ``unused`` rows are null."""

@@ -196,6 +196,17 @@ class Guided:
             x_BCnHW.repeat_interleave(2, 0), t, self._block(new), self.split(given))
         return tables, self._mix(flow), attend
 
+    def context(self, tables: Tables, frames: int) -> Tables:
+        """As ``CausalStepper.context``."""
+        return self.stepper.context(tables, frames)
+
+    def commit(self, kept: Tables, x_BCnHW: Tensor, t: float,
+               block: Block) -> tuple[Tables, Tensor]:
+        """As ``CausalStepper.commit``."""
+        tables, flow = self.stepper.commit(kept, x_BCnHW.repeat_interleave(2, 0), t,
+                                           self._block(block))
+        return tables, self._mix(flow)
+
     def flow(self, x_BCnHW: Tensor, t: float, attend: Callable, block: Block) -> Tensor:
         """As ``CausalStepper.flow``."""
         return self._mix(self.stepper.flow(x_BCnHW.repeat_interleave(2, 0), t, attend,

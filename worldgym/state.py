@@ -30,6 +30,8 @@ class Starts:
 
     Worlds with subjects also need ``subjects_BKNS``, the subjects' states in each frame, and
     ``valid_BN``, which of the N places are taken; ``game_B``: which of the world's games it is.
+    Worlds that are told what to show need ``context_BLD``, the encoded prompt of each start, and
+    ``negative_BLD``, that of what not to show.
     """
 
     latents_BKChw: Tensor
@@ -39,6 +41,8 @@ class Starts:
     subjects_BKNS: Tensor | None = None
     valid_BN: np.ndarray | None = None
     game_B: np.ndarray | None = None
+    context_BLD: Tensor | None = None
+    negative_BLD: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.length_B)

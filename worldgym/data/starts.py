@@ -1,16 +1,17 @@
 """Start states: short pieces of real play in latents, from which dreamt episodes begin.
 
 Shapes: N starts of the bank, B chosen starts, K context frames, U stored latents, V stored frames,
-C channel, h w latent grid, H W pixels. Equal frames are stored once; latents are kept as float16,
-rounded when the bank is built, so that a bank in memory and one from disk are the same bits.
+C channel, h w latent grid, H W pixels, P player slot, S state channel. Equal frames are stored
+once; latents are kept as float16, rounded when the bank is built, so that a bank in memory and one
+from disk are the same bits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class StartBank:
     ``length_N``: context frames present (right-aligned), ``frames_VHWC`` uint8, ``frame_rows_N``:
     the newest frame of each start, ``beginnings``: bool (N,), the first frame of an episode,
     ``age_N``: steps since then (None: not kept, in older files). Beginnings come first.
+    Of several players (None otherwise): ``subjects_NKPS`` float32, their states in each frame,
+    ``valid_NP``, which places are taken, ``game_N`` int64, the number of the world's game.
 
     >>> from worldgym.data.starts import StartBank
     >>> bank = StartBank.from_frames(lambda frames: frames.float().permute(0, 3, 1, 2) / 255,
@@ -57,11 +60,16 @@ class StartBank:
     frame_rows_N: np.ndarray
     beginnings: np.ndarray
     age_N: np.ndarray | None = None
+    subjects_NKPS: np.ndarray | None = None
+    valid_NP: np.ndarray | None = None
+    game_N: np.ndarray | None = None
 
     @classmethod
     def build(cls, episodes: Episodes, encode: Callable[[Tensor], Tensor], ids: np.ndarray,
               count: int, context: int, seed: int = 0, beginning_fraction: float = 0.25,
-              margin: int = 10) -> StartBank:
+              margin: int = 10, *, view: Callable[[np.ndarray], np.ndarray] = np.asarray,
+              states: Callable[[np.ndarray], np.ndarray] | None = None,
+              game: int = 0) -> StartBank:
         """Draw starts from recorded episodes and encode them.
 
         Args:
@@ -73,6 +81,11 @@ class StartBank:
             seed: of the draw.
             beginning_fraction: share of starts that are the first frame of an episode.
             margin: steps that a start keeps away from the end of an episode that terminated.
+            view: recorded frames (B, H, W, 3) as the world sees them, e.g. at half the size.
+            states: of recordings of several players: rows to the players' states (..., P, S). The
+                oldest frame of each start then counts as one that no action led to, as in
+                training (``PartySampler``).
+            game: number of the game that was recorded.
 
         Raises:
             ConfigError: impossible numbers. DatasetError: no episodes to draw from.
@@ -100,13 +113,38 @@ class StartBank:
         shown, frame_rows = np.unique(latent_rows[:, -1], return_inverse=True)
         actions = episodes.take("actions", np.maximum(rows_NK, 0))
         actions[~there] = 0
+        null, players = ~there | (rows_NK == first_N[:, None]), {}
+        if states is not None:
+            null |= column <= context - length_N[:, None]
+            told = np.where(there[..., None, None], states(np.maximum(rows_NK, 0)), 0)
+            players = {"subjects_NKPS": told.astype(np.float32),
+                       "valid_NP": episodes.take("info_valid", last_N),
+                       "game_N": np.full(count, game, np.int64)}
         return cls(
-            latents_UChw=_encode(episodes, unique_U, encode), latent_rows_NK=latent_rows,
-            actions=actions, null_NK=~there | (rows_NK == first_N[:, None]),
-            length_N=length_N.astype(np.int64),
-            frames_VHWC=episodes.take("frames", unique_U[shown]),
+            latents_UChw=_encode(episodes, unique_U, encode, view), latent_rows_NK=latent_rows,
+            actions=actions, null_NK=null, length_N=length_N.astype(np.int64),
+            frames_VHWC=view(episodes.take("frames", unique_U[shown])),
             frame_rows_N=frame_rows.astype(np.int32), beginnings=beginning_N,
-            age_N=(last_N - first_N).astype(np.int64))
+            age_N=(last_N - first_N).astype(np.int64), **players)
+
+    @classmethod
+    def joined(cls, banks: Sequence[StartBank]) -> StartBank:
+        """One bank of the starts of several, in their order; all with the same fields."""
+        parts = {f.name: [getattr(bank, f.name) for bank in banks] for f in fields(cls)}
+        joined: dict[str, Any] = {}
+        for name, values in parts.items():
+            if any(value is None for value in values):
+                joined[name] = None
+            elif name == "latents_UChw":
+                joined[name] = torch.cat(values)
+            else:
+                if name in ("latent_rows_NK", "frame_rows_N"):
+                    stored = "latents_UChw" if name == "latent_rows_NK" else "frames_VHWC"
+                    ahead = np.cumsum([0, *(len(x) for x in parts[stored])])[:-1]
+                    values = [np.where(v < 0, v, v + n).astype(np.int32)
+                              for v, n in zip(values, ahead, strict=True)]
+                joined[name] = np.concatenate(values)
+        return cls(**joined)
 
     @classmethod
     def from_frames(cls, encode: Callable[[Tensor], Tensor], frames_NHWC: np.ndarray,
@@ -160,7 +198,8 @@ class StartBank:
         return replace(self, latent_rows_NK=self.latent_rows_NK[i], actions=self.actions[i],
                        null_NK=self.null_NK[i], length_N=self.length_N[i],
                        frame_rows_N=self.frame_rows_N[i], beginnings=self.beginnings[i],
-                       age_N=None if self.age_N is None else self.age_N[i])
+                       **{name: None if getattr(self, name) is None else getattr(self, name)[i]
+                          for name in _OPTIONAL.values()})
 
     def gather(self, indices: Any) -> Starts:
         """These starts (repeats allowed) as ``Starts``, float32 on the CPU; padding is zero."""
@@ -168,8 +207,12 @@ class StartBank:
         rows = torch.from_numpy(self.latent_rows_NK[index_B].astype(np.int64))
         latents = self.latents_UChw[rows.clamp(min=0)].float()
         latents[rows < 0] = 0
+        if self.subjects_NKPS is None or self.valid_NP is None or self.game_N is None:
+            return Starts(latents, self.actions[index_B], self.null_NK[index_B],
+                          self.length_N[index_B])
         return Starts(latents, self.actions[index_B], self.null_NK[index_B],
-                      self.length_N[index_B])
+                      self.length_N[index_B], torch.from_numpy(self.subjects_NKPS[index_B]),
+                      self.valid_NP[index_B], self.game_N[index_B])
 
     @cached_property
     def frames(self) -> np.ndarray:
@@ -205,8 +248,9 @@ class StartBank:
     def save(self, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
         """Write one safetensors file, atomically; ``metadata``: JSON values to keep with it."""
         tensors = {"latents": self.latents_UChw}
-        for name, field in {**_ARRAYS, **({} if self.age_N is None else _AGE)}.items():
-            tensors[name] = torch.from_numpy(np.array(getattr(self, field)))
+        for name, field in {**_ARRAYS, **_OPTIONAL}.items():
+            if getattr(self, field) is not None:
+                tensors[name] = torch.from_numpy(np.array(getattr(self, field)))
         header = {"kind": KIND, "format": FORMAT, "starts": len(self), **dict(metadata or {})}
         return checkpoint.save(path, tensors, header)
 
@@ -218,13 +262,13 @@ class StartBank:
             raise CheckpointError("not a start bank", given=f"{path}: {header}",
                                   expected=f"a {KIND} file of format {FORMAT}",
                                   fix="write it with StartBank.save")
-        if set(tensors) - set(_AGE) != {"latents", *_ARRAYS}:
+        if set(tensors) - set(_OPTIONAL) != {"latents", *_ARRAYS}:
             raise CheckpointError("start bank has the wrong tensors",
                                   given=f"{path}: {sorted(tensors)}",
                                   expected=sorted(["latents", *_ARRAYS]), fix="build it again")
         bank = cls(latents_UChw=tensors["latents"],
-                   **{field: tensors[name].numpy() for name, field in {**_ARRAYS, **_AGE}.items()
-                      if name in tensors})
+                   **{field: tensors[name].numpy()
+                      for name, field in {**_ARRAYS, **_OPTIONAL}.items() if name in tensors})
         problem = bank._problem()
         if problem:
             raise CheckpointError("start bank does not fit together", given=f"{path}: {problem}",
@@ -245,7 +289,8 @@ class StartBank:
                  "frame_rows": self.frame_rows_N.shape == (n,),
                  "beginnings": self.beginnings.shape == (n,) and self.beginnings.dtype == bool,
                  "age": self.age_N is None or self.age_N.shape == (n,) and
-                 self.age_N.dtype == np.int64 and bool((self.age_N >= 0).all())}
+                 self.age_N.dtype == np.int64 and bool((self.age_N >= 0).all()),
+                 "players": self._players_fit(n, k)}
         wrong = [name for name, ok in wants.items() if not ok]
         if wrong or n < 1:
             return f"shape or dtype of {wrong or 'length'}"
@@ -258,11 +303,22 @@ class StartBank:
             return "frame rows"
         return "" if bool(torch.isfinite(self.latents_UChw).all()) else "latents are not finite"
 
+    def _players_fit(self, n: int, k: int) -> bool:
+        """Whether the players' fields are all there and fit, or none is there."""
+        states, valid, game = self.subjects_NKPS, self.valid_NP, self.game_N
+        if states is None or valid is None or game is None:
+            return states is None and valid is None and game is None
+        return (states.ndim == 4 and states.shape[:2] == (n, k) and states.dtype == np.float32
+                and valid.shape == (n, states.shape[2]) and valid.dtype == bool
+                and game.shape == (n,) and game.dtype == np.int64 and bool((game >= 0).all())
+                and bool(np.isfinite(states).all()))
+
 
 _ARRAYS = {"latent_rows": "latent_rows_NK", "actions": "actions", "null": "null_NK",
            "length": "length_N", "frames": "frames_VHWC", "frame_rows": "frame_rows_N",
            "beginnings": "beginnings"}
-_AGE = {"age": "age_N"}
+_PLAYERS = {"subjects": "subjects_NKPS", "valid": "valid_NP", "game": "game_N"}
+_OPTIONAL = {"age": "age_N", **_PLAYERS}
 
 
 def hash64(seeds: Any, episodes: Any) -> np.ndarray:
@@ -332,10 +388,11 @@ def _distinct(episodes: Episodes, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.asarray(unique, np.int64), number
 
 
-def _encode(episodes: Episodes, rows: np.ndarray, encode: Callable[[Tensor], Tensor]) -> Tensor:
+def _encode(episodes: Episodes, rows: np.ndarray, encode: Callable[[Tensor], Tensor],
+            view: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     with torch.no_grad():
         return torch.cat([_half(encode(torch.from_numpy(
-            episodes.take("frames", rows[lo:lo + ENCODE_BATCH]))))
+            view(episodes.take("frames", rows[lo:lo + ENCODE_BATCH])))))
             for lo in range(0, len(rows), ENCODE_BATCH)])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from worldgym.attention import attention
 from worldgym.errors import ConfigError, ShapeError
 from worldgym.models.wan import MIN_ROWS, RMSNorm, WanConfig, _Attention
-from worldgym.rope import cos_sin, frame_rotation, rotate
+from worldgym.rope import rotate, time_table
 
 Table = tuple[Tensor, Tensor]
 
@@ -52,20 +52,21 @@ class ActionConfig:
         return self.ratio * self.window
 
 
-def windows(rows_BNC: Tensor, frames: int, ratio: int, size: int) -> Tensor:
+def windows(rows_BNC: Tensor, frames: int, ratio: int, size: int, before: int = 0) -> Tensor:
     """What each latent frame sees of the raw rows, (B, F, size * C), time before component.
 
     Frame i sees rows ``ratio * i - size`` to ``ratio * i - 1``, rows before the first being copies
     of it: row k acts on the way from raw frame k to k + 1. Later rows are never read.
+    ``before``: so many of the rows given belong to the time before the clip.
     """
-    need = max(1, ratio * (frames - 1))
+    need = max(1, before + ratio * (frames - 1))
     if rows_BNC.ndim != 3 or rows_BNC.shape[1] < need:
         raise ShapeError(
             "action rows do not cover the clip", given=tuple(rows_BNC.shape),
             expected=f"(B, at least {need} rows, components) for {frames} latent frames",
             fix="give one row per raw frame, or shorten the clip")
     device = rows_BNC.device
-    start = ratio * torch.arange(frames, device=device) - size
+    start = before + ratio * torch.arange(frames, device=device) - size
     index_FP = (start[:, None] + torch.arange(size, device=device)).clamp(min=0)
     return rows_BNC[:, index_FP].flatten(2)
 
@@ -80,6 +81,14 @@ class Controls:
 
     stick_BFD: Tensor | None = None
     keys: tuple[Tensor, Tensor] | None = None
+
+    def twice(self) -> "Controls":
+        """For 2 B slots: those of B slots, then the same again."""
+        def two(x: Tensor) -> Tensor:
+            return torch.cat([x, x])
+
+        return Controls(None if self.stick_BFD is None else two(self.stick_BFD),
+                        None if self.keys is None else (two(self.keys[0]), two(self.keys[1])))
 
 
 def _by_rows(layer: Callable[[Tensor], Tensor], x_BFC: Tensor) -> Tensor:
@@ -122,18 +131,19 @@ class ActionModule(nn.Module):
             self.key_attn_k_norm = RMSNorm(dim, cfg.eps)
 
     def controls(self, mouse_BNJ: Tensor | None, keyboard_BNK: Tensor | None, frames: int,
-                 table: Table) -> Controls:
+                 table: Table, before: int = 0) -> Controls:
         """Everything that depends on the actions alone; ``table``: rotation of the F frames."""
         stick = keys = None
         ratio, rows = self.action.ratio, self.action.rows
         if mouse_BNJ is not None:
-            window = windows(mouse_BNJ, frames, ratio, rows)
+            window = windows(mouse_BNJ, frames, ratio, rows, before)
             first = cast(nn.Linear, cast(nn.Sequential, self.mouse_mlp)[0])
             columns = first.weight[:, -window.shape[-1]:]
             stick = _by_rows(lambda x: F.linear(x, columns, first.bias), window)
         if keyboard_BNK is not None:
             embedded = _by_rows(self.keyboard_embed, keyboard_BNK)
-            both = _by_rows(self.keyboard_kv_proj, windows(embedded, frames, ratio, rows))
+            both = _by_rows(self.keyboard_kv_proj,
+                            windows(embedded, frames, ratio, rows, before))
             k, v = both.chunk(2, -1)
             k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.key_attn_k_norm(k), v))
             keys = rotate(k, table), v
@@ -162,11 +172,11 @@ class ActionModule(nn.Module):
         y = attention(q, k, v).unflatten(0, (len(x_BTD), -1)).transpose(1, 2)  # (B, F, S, H, E)
         return self.mouse_attn.o(y.flatten(1, 2).flatten(2))
 
-    def table(self, frames: int, device: torch.device, dtype: torch.dtype) -> Table:
-        """Rotation of frames 0..F-1 over the whole head width, never below float32."""
-        turn = frame_rotation(torch.arange(frames, device=device)[None],
-                              self.key_width)
-        return cos_sin(turn, torch.promote_types(dtype, torch.float32))
+    def table(self, frames: int, device: torch.device, dtype: torch.dtype,
+              tokens: int = 1) -> Table:
+        """Rotation of every token of frames 0..F-1 over the head width, never below float32."""
+        return time_table(frames, tokens, self.key_width,
+                          torch.promote_types(dtype, torch.float32), device)
 
     @property
     def key_width(self) -> int:

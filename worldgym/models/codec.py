@@ -1,6 +1,7 @@
 """Small convolutional autoencoder for frames: the codec of ``nano``.
 
-Shapes: B image, C latent channels, H W pixels, h w latent grid (h = H/8, w = W/8).
+Shapes: B image, C latent channels, H W pixels, h w latent grid (h = H/8, w = W/8; with a stem of 2
+pixels H/4, W/4).
 Space-to-depth stems keep every convolution on a 12x or smaller grid, so that two CPU cores can
 train it; a frame is encoded alone (one latent frame per pixel frame).
 """
@@ -17,18 +18,27 @@ from worldgym.errors import ConfigError, DTypeError, ShapeError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecConfig:
-    """Sizes of the autoencoder; ``frame_hw`` must be divisible by 8."""
+    """Sizes of the autoencoder; ``frame_hw`` must be divisible by 8.
+
+    ``stem``: pixels of a side of the first squares; a latent cell is two of them wide and high.
+    """
 
     frame_hw: tuple[int, int] = (48, 80)
     channels: int = 8
     width: int = 48
     deep_width: int = 96
     noise: float = 0.3  # of raw latents while training: only what survives it is worth encoding
+    stem: int = 4
+
+    @property
+    def cell(self) -> int:
+        """Pixels of a side of a latent cell."""
+        return 2 * self.stem
 
     @property
     def latent_chw(self) -> tuple[int, int, int]:
         """Shape of one latent frame."""
-        return (self.channels, self.frame_hw[0] // 8, self.frame_hw[1] // 8)
+        return (self.channels, self.frame_hw[0] // self.cell, self.frame_hw[1] // self.cell)
 
 
 class _Residual(nn.Module):
@@ -59,23 +69,23 @@ class Codec(nn.Module):
     def __init__(self, cfg: CodecConfig) -> None:
         super().__init__()
         height, width = cfg.frame_hw
-        if height % 8 or width % 8 or height < 16 or width < 16:
+        if height % 8 or width % 8 or height < 16 or width < 16 or cfg.stem not in (2, 4):
             raise ConfigError(
-                "frame size does not fit the codec", given=cfg.frame_hw,
-                expected="height and width divisible by 8, at least 16",
+                "frame size does not fit the codec", given=f"{cfg.frame_hw}, stem {cfg.stem}",
+                expected="height and width divisible by 8, at least 16; a stem of 2 or 4",
                 fix="resize the game's frames, for example to (48, 80) or (64, 64)",
             )
         self.cfg = cfg
-        w, d = cfg.width, cfg.deep_width
+        w, d, stem = cfg.width, cfg.deep_width, cfg.stem
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4), nn.Conv2d(48, w, 3, padding=1), _Residual(w),
+            nn.PixelUnshuffle(stem), nn.Conv2d(3 * stem**2, w, 3, padding=1), _Residual(w),
             nn.PixelUnshuffle(2), nn.Conv2d(4 * w, d, 1), _Residual(d),
             nn.Conv2d(d, cfg.channels, 1),
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(cfg.channels, d, 3, padding=1), _Residual(d), _Residual(d),
             nn.Conv2d(d, 4 * w, 1), nn.PixelShuffle(2), _Residual(w), nn.SiLU(),
-            nn.Conv2d(w, 48, 3, padding=1), nn.PixelShuffle(4),
+            nn.Conv2d(w, 3 * stem**2, 3, padding=1), nn.PixelShuffle(stem),
         )
         self.register_buffer("mean", torch.zeros(cfg.channels))
         self.register_buffer("std", torch.ones(cfg.channels))
@@ -129,13 +139,13 @@ def emphasis(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
     return (pixels_BCHW - median_CHW).abs().amax(1, keepdim=True)
 
 
-def cell_weight(pixels_BCHW: Tensor, median_CHW: Tensor) -> Tensor:
+def cell_weight(pixels_BCHW: Tensor, median_CHW: Tensor, cell: int = 8) -> Tensor:
     """The same for latent cells (B, h, w): 0.3 + 0.8 d^2 of the farthest of 8x8 pixels, up to 1.5.
 
     The farthest, not the mean: a fireball far away is two pixels. Without the bound the few frames
     full of an explosion outweigh all others.
     """
-    far = F.max_pool2d(emphasis(pixels_BCHW, median_CHW), 8)[:, 0]
+    far = F.max_pool2d(emphasis(pixels_BCHW, median_CHW), cell)[:, 0]
     return (0.3 + 0.8 * far**2).clamp(max=1.5)
 
 

@@ -89,6 +89,8 @@ class NanoConfig:
         for name in ("reward_range", "outcome_ahead"):  # older worlds keep their fingerprint
             if not data[name]:
                 del data[name]
+        if data["codec"]["stem"] == 4:
+            del data["codec"]["stem"]
         return data
 
     @classmethod

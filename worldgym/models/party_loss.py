@@ -27,7 +27,8 @@ class PartyLossConfig:
     """How to train.
 
     ``stage``: "video" (frames only: nobody is there, nobody acts) or "joint"; ``forcing``: see
-    ``PartyDynamics.forward``; ``state_weight``: lambda_c; ``shift``: of noise levels;
+    ``PartyDynamics.forward``; ``state_weight``: lambda_c; ``position_weight``: of a position's two
+    channels, against 1 of facing and alive, which lie farther apart; ``shift``: of noise levels;
     ``full_noise``: share of frames that start from pure noise, where every rollout starts;
     ``bell``: the published weight of noise levels, which vanishes at pure noise: right for
     many-step samplers only; ``context_noise``: half of the clips see latents noised up to this;
@@ -39,6 +40,7 @@ class PartyLossConfig:
     stage: str = "joint"
     forcing: str = "teacher"
     state_weight: float = 1.0
+    position_weight: float = 1.0
     shift: float = 5.0
     full_noise: float = 0.25
     bell: bool = False
@@ -100,7 +102,12 @@ def party_loss(model: nn.Module, cfg: PartyConfig, batch: dict[str, Tensor],
     error = ((flow_v - (noise - latents)) ** 2).mean(2)
     video = (cells * error).sum() / average(cells.sum()).clamp_min(1e-6)
     there = weight[:, :, None] * valid[:, None]
-    error_s = ((flow_s - (state_noise - states)) ** 2).mean(-1)
+    error_s = (flow_s - (state_noise - states)) ** 2
+    if how.position_weight != 1 and cfg.subjects.facing:
+        each = torch.ones_like(error_s[0, 0, 0])
+        each[:2] = how.position_weight
+        error_s = error_s * (each / each.mean())
+    error_s = error_s.mean(-1)
     of_states = (there * error_s).sum() / average(there.sum()).clamp_min(1e-6)
     told = {"video": float(video.detach()), "states": float(of_states.detach())}
     first = (sigma == 1) & (weight > 0)
@@ -157,10 +164,19 @@ def batch_of(sample: Mapping[str, Any], facing: bool) -> dict[str, Tensor]:
     ``facing``: states of seven channels (position, facing, alive) rather than two.
     """
     got = {k: torch.as_tensor(v) for k, v in sample.items()}
-    states = [got["positions"].float()]
-    if facing:
-        turned = one_hot(got["orientation"].long().clamp(0, 3), 4).float()
-        states += [2 * turned - 1, 2 * got["alive"].float()[..., None] - 1]
-    return {"latents_BFChw": got["latents"].float(), "states_BFNS": torch.cat(states, -1),
+    states = states_of(got["positions"], got["orientation"], got["alive"], facing)
+    return {"latents_BFChw": got["latents"].float(), "states_BFNS": states,
             "actions_BFN": got["actions"], "valid_BN": got["valid"], "game_B": got["game"],
             "rewards_BFN": got["rewards"], "ended_BFN": got["ended"]}
+
+
+def states_of(positions: Tensor, orientation: Tensor, alive: Tensor, facing: bool) -> Tensor:
+    """States (..., N, S) from recorded positions (..., N, 2), orientation 0..3 and alive (..., N).
+
+    ``facing``: see ``batch_of``.
+    """
+    states = [positions.float()]
+    if facing:
+        turned = one_hot(orientation.long().clamp(0, 3), 4).float()
+        states += [2 * turned - 1, 2 * alive.float()[..., None] - 1]
+    return torch.cat(states, -1)

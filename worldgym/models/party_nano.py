@@ -32,7 +32,8 @@ class PartyNanoConfig:
     ``games``: their names, in the order of their numbers; ``cells``: per game the offset and size
     of its cells (see ``PartyWorld``), used with ``snap``; ``steps``: denoising timesteps of a step;
     ``solver_steps``: a UniPC solver with this many steps instead (0: none); ``guidance``: its scale
-    (1: off); ``end_scale``: factor on end chances; ``reward_range``: see ``PartyOutcomeConfig``.
+    (1: off); ``end_scale``: factor on end chances; ``reward_range``, ``outcome_squash``: see
+    ``PartyOutcomeConfig``.
     """
 
     name: str
@@ -53,6 +54,7 @@ class PartyNanoConfig:
     outcome_frames: int = 1
     outcome_width: int = 48
     outcome_members: int = 2
+    outcome_squash: bool = False
     reward_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class PartyNano(nn.Module):
         self.outcome = PartyOutcome(PartyOutcomeConfig(
             latent_chw=cfg.dynamics.latent_chw, channels=sub.channels, actions=sub.actions,
             frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members,
-            reward_range=cfg.reward_range))
+            reward_range=cfg.reward_range, squash=cfg.outcome_squash))
 
     def world(self, device: torch.device | str = "cpu",
               max_pages: int | None = None) -> PartyWorld:

@@ -20,7 +20,8 @@ from worldgym.models.outcome import linear, neighbours
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartyOutcomeConfig:
     """``frames``: K past frames read; ``members``: independent heads that are averaged;
-    ``reward_range``: lowest and highest reward of a player in one recorded step."""
+    ``reward_range``: lowest and highest reward of a player in one recorded step; ``squash``:
+    learn sign(r) log(1 + |r|) of rewards r, where those of games differ much in size."""
 
     latent_chw: tuple[int, int, int]
     channels: int
@@ -30,6 +31,7 @@ class PartyOutcomeConfig:
     hidden: int = 64
     members: int = 2
     reward_range: tuple[float, float] | None = None
+    squash: bool = False
 
 
 class _Reader(nn.Module):
@@ -104,6 +106,8 @@ class PartyOutcome(nn.Module):
         out = self(*(torch.cat([x, torch.zeros_like(x[:1]).expand(pad, *x.shape[1:])])
                      for x in given))[:rows]
         rewards = out[..., 1].mean(1) * self.reward_scale
+        if self.cfg.squash:
+            rewards = rewards.sign() * torch.expm1(rewards.abs().clamp(max=20))
         if self.cfg.reward_range is not None:
             rewards = rewards.clamp(*self.cfg.reward_range)
         return (torch.where(valid_BN, out[..., 0].sigmoid().mean(1), 0),
@@ -150,6 +154,8 @@ def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[st
     counts = there.flatten(0, 1)[:, None].expand(-1, out.shape[1], -1)
     end, reward = (after(x).float()[:, None].expand(counts.shape)
                    for x in (ended, torch.nan_to_num(batch["rewards_BFN"])))
+    if cfg.squash:
+        reward = reward.sign() * reward.abs().log1p()
     total = counts.sum().clamp_min(1)
     bce = F.binary_cross_entropy_with_logits(out[..., 0], end, reduction="none")
     bce = (bce * counts).sum() / total

@@ -74,6 +74,9 @@ class PartyWorld(World):
                  guidance: Guidance | None = None, cells_G4: Tensor | None = None,
                  **rest: Any) -> None:
         super().__init__(spec, codec, dynamics, outcome, policy, schedule, **rest)  # type: ignore
+        if spec.latents_per_chunk != 1:
+            raise ConfigError("chunk is too long for subjects", given=spec.latents_per_chunk,
+                              expected="1 latent frame per step", fix="set latents_per_chunk=1")
         sub = dynamics.cfg.subjects
         if spec.subjects != sub.slots or spec.action.shape != (sub.slots,) or any(
                 n != sub.actions for n in spec.action.sizes):
@@ -250,18 +253,18 @@ class PartyWorld(World):
         if self.cells_G4 is not None:
             states = snap(states, self.cells_G4[state.extra["game"]])
         states = torch.where(state.extra["valid"][..., None], states, 0)
-        return video[:, 0].contiguous(), state.extra | {
+        return video[:, :1].contiguous(), state.extra | {
             "subjects": torch.cat([state.extra["subjects"][:, 1:], states[:, None]], 1),
             "controls": torch.cat([state.extra["controls"][:, 1:], action_BA.long()[:, None]], 1)}
 
-    def _judge(self, state: WorldState, action_BA: Tensor, latents_BChw: Tensor,
+    def _judge(self, state: WorldState, action_BA: Tensor, latents_BFChw: Tensor,
                extra: dict[str, Tensor]) -> tuple[Chunk, dict[str, Tensor]]:
         valid, was = extra["valid"], extra["ended"]
         b, n = valid.shape
         chance, reward = torch.zeros(2, b, n, device=self.device)
         if self.outcome is not None:
             states = extra["subjects"]
-            chance, reward = self.outcome(state.history_BKChw, states[:, -2], latents_BChw,
+            chance, reward = self.outcome(state.history_BKChw, states[:, -2], latents_BFChw[:, -1],
                                           states[:, -1], action_BA.long(), valid)
         plays = valid & ~was
         chance_BN = torch.where(plays, chance, 0).double().cpu().numpy()
@@ -274,7 +277,7 @@ class PartyWorld(World):
         total = np.zeros(b, np.float32)
         for player in range(n):  # in this order for every batch
             total = total + reward_BN[:, player]
-        chunk = Chunk(np.arange(b), latents_BChw[:, None], total,
+        chunk = Chunk(np.arange(b), latents_BFChw, total,
                       (ended | ~there).all(1) & there.any(1), every, np.zeros(b, np.int64),
                       danger_B=every, subjects=subjects, decode=self.decode)
         return chunk, extra | {"ended": torch.from_numpy(ended).to(self.device)}

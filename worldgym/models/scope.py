@@ -116,13 +116,14 @@ class ScopeDiT(WanDiT):
         return [cast(ActionModule, block.action_attn) for block in self.blocks]
 
     def controls(self, mouse_BNJ: Tensor | None, keyboard_BNK: Tensor | None,
-                 frames: int) -> list[Controls] | None:
+                 frames: int, before: int = 0) -> list[Controls] | None:
         """Actions of a clip for every block; constant over its denoising passes.
 
         Args:
             mouse_BNJ: joystick axes per raw frame, None = that path is skipped.
             keyboard_BNK: buttons per raw frame, None = that path is skipped.
             frames: latent frames of the clip, F; rows ``ratio * (F - 1)`` and later are not read.
+            before: how many of the rows came before the clip; published clips know of none.
         """
         given = (("joystick", mouse_BNJ, self.action.mouse_dim if self.action else 0),
                  ("button", keyboard_BNK, self.action.keyboard_dim if self.action else 0))
@@ -137,7 +138,11 @@ class ScopeDiT(WanDiT):
         modules, weight = self._modules_of_action(), self.head.modulation
         table = modules[0].table(frames, weight.device, weight.dtype)
         mouse, keyboard = (None if x is None else x.to(weight) for x in (mouse_BNJ, keyboard_BNK))
-        return [m.controls(mouse, keyboard, frames, table) for m in modules]
+        out = []
+        for block, module in zip(self.blocks, modules, strict=True):
+            with self.near(block):
+                out.append(module.controls(mouse, keyboard, frames, table, before))
+        return out
 
     def forward(self, x_BCFHW: Tensor, t: Tensor, context_BLD: Tensor | None = None, *,
                 controls: list[Controls] | None = None, **given: Any) -> Tensor:
@@ -150,11 +155,10 @@ class ScopeDiT(WanDiT):
         modules, weight, frames = self._modules_of_action(), self.head.modulation, x_BCFHW.shape[2]
         tokens = x_BCFHW.shape[3] * x_BCFHW.shape[4] // (
             self.cfg.patch_size[1] * self.cfg.patch_size[2])
-        cos, sin = (x.repeat_interleave(tokens, 1)
-                    for x in modules[0].table(frames, weight.device, weight.dtype))
+        table = modules[0].table(frames, weight.device, weight.dtype, tokens)
         return super().forward(
             x_BCFHW, t, context_BLD,
-            between=lambda i, x: modules[i](x, controls[i], (cos, sin)), **given)
+            between=lambda i, x: modules[i](x, controls[i], table), **given)
 
 
 def frame_times(t: Tensor, batch: int, frames: int, first_frame: bool) -> Tensor:

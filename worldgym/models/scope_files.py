@@ -159,6 +159,14 @@ class ScopeFolder:
         tokens = umt5.Tokenizer(self.path / TOKENIZER, length)(prompts)
         return self.load_text_encoder(device=device, dtype=dtype).encode(*tokens)
 
+    def each_context(self, prompts: Sequence[str], *, device: torch.device | str = "cpu",
+                     dtype: torch.dtype | None = torch.bfloat16) -> list[Tensor]:
+        """Contexts (L, D), each encoded alone: its bits do not depend on the other prompts."""
+        length = int(self.hints.get("text_len", umt5.LENGTH))
+        tokens = umt5.Tokenizer(self.path / TOKENIZER, length)
+        encoder = self.load_text_encoder(device=device, dtype=dtype)
+        return [encoder.encode(*tokens([prompt]))[0] for prompt in prompts]
+
     def facts(self) -> dict[str, Any]:
         """What it is, what is missing, what it costs, its licence; no tensor is read."""
         facts: dict[str, Any] = {p.name: p.facts() for p in self.parts}

@@ -7,6 +7,7 @@ while training, paged memory while stepping). ``nano`` is this same class at a s
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from worldgym.attention import attention
 from worldgym.errors import ConfigError, ShapeError
-from worldgym.rope import cos_sin, rotate, rotation
+from worldgym.rope import clip_table, cos_sin, rotate, rotation
 
 # attend(layer, q_BTNE, k_BTNE, v_BTNE) -> out_BTNE; q and k are already rotated
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -177,6 +178,7 @@ class WanDiT(nn.Module):
     def __init__(self, cfg: WanConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.near: Callable[[nn.Module], AbstractContextManager] = nullcontext  # see offload.py
         dim, patch = cfg.dim, cfg.patch_size
         self.patch_embedding = nn.Conv3d(cfg.in_dim, dim, patch, stride=patch)
         if cfg.text_len:
@@ -216,7 +218,11 @@ class WanDiT(nn.Module):
             )
         pad = self.cfg.text_len - context_BLD.shape[1]
         y = self.text_embedding(F.pad(context_BLD, (0, 0, 0, pad)))
-        return [cast(Block, block).cross_attn.key_value(y) for block in self.blocks]
+        out = []
+        for block in self.blocks:
+            with self.near(block):
+                out.append(cast(Block, block).cross_attn.key_value(y))
+        return out
 
     def time(self, t_BF: Tensor, cond_BFD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Time embedding e (B, F, D) and modulation (B, F, 6, D) of timesteps in [0, 1000].
@@ -287,10 +293,11 @@ class WanDiT(nn.Module):
         t_BF = t[:, None].expand(b, f) if t.ndim == 1 else t
         e, modulation = self.time(t_BF, cond_BFD)
         if frame_index_BF is None:
-            frame_index_BF = torch.arange(f, device=x.device)
-        if frame_index_BF.ndim == 1:
-            frame_index_BF = frame_index_BF[None]
-        table = self.table(frame_index_BF, grid)
+            table = clip_table(f, grid, self.cfg.head_dim, torch.promote_types(
+                self.head.modulation.dtype, torch.float32), x.device)
+        else:
+            table = self.table(
+                frame_index_BF[None] if frame_index_BF.ndim == 1 else frame_index_BF, grid)
         if text_kv is None and context_BLD is not None:
             text_kv = self.text(context_BLD)
         if self.cfg.text_len and text_kv is None:
@@ -302,7 +309,8 @@ class WanDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             see = (lambda q, k, v, i=i: attend(i, q, k, v)) if attend else attention
             add = (lambda x, i=i: between(i, x)) if between else None
-            x = block(x, modulation, table, see, text_kv[i] if text_kv else None, add)
+            with self.near(block):
+                x = block(x, modulation, table, see, text_kv[i] if text_kv else None, add)
         return self.unpatch(self.head(x, e), f, grid)
 
 

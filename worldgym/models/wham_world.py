@@ -160,7 +160,7 @@ class WhamWorld(World):
         tables = self._keep(state, order, groups, pairs)
         new = ids.new_full((len(ids), 1, TAIL - 1), -1) if proposed is None else proposed[:, None]
         extra = {"taken_BFA": torch.cat([taken[:, 1:], new[back]], 1)}
-        return ids[back].view(-1, *self.spec.latent_chw), extra, tables
+        return ids[back].view(-1, 1, *self.spec.latent_chw), extra, tables
 
     def _actor(self, keys_B4: np.ndarray, ahead: int):
         """Draws actions for the frame ``ahead`` steps on."""

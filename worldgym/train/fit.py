@@ -15,23 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from worldgym.data.chunks import ChunkSampler, OutcomeSampler
 from worldgym.data.starts import StartBank
 from worldgym.data.store import Episodes
 from worldgym.errors import ConfigError, DatasetError
 from worldgym.models import nano
-from worldgym.models.codec import CodecConfig, cell_weight, codec_loss, to_pixels
+from worldgym.models.codec import CodecConfig
 from worldgym.models.dynamics import dynamics_loss
 from worldgym.models.nano import Nano, NanoConfig
 from worldgym.models.outcome import outcome_loss
 from worldgym.train.distributed import Group
-from worldgym.train.loop import Loop, LoopConfig
 from worldgym.train.metrics import measure
 from worldgym.train.provenance import command, machine
+from worldgym.train.stages import CODEC_BATCH, Stages
 
-CODEC_BATCH, OUTCOME_BATCH = 32, 128  # frames, transitions
+OUTCOME_BATCH = 128  # transitions
 SIZES: dict[str, Any] = {"patch": None, "width": 128, "layers": 6, "window": 6,
                          "steps": (1000.0, 850.0, 600.0), "temperature": 1.0, "ahead": 8}
 
@@ -97,11 +96,11 @@ class FitConfig:
                               expected="0 <= holdout < 1", fix="use 0.03, or 0 to train on all")
 
 
-class Fit:
+class Fit(Stages):
     """One fitting run."""
 
     def __init__(self, cfg: FitConfig, group: Group | None = None) -> None:
-        self.cfg, self.group = cfg, group or Group(device=torch.device(cfg.device))
+        super().__init__(cfg, group or Group(device=torch.device(cfg.device)))
         size = self.group.size
         if cfg.batch % size or CODEC_BATCH % size or OUTCOME_BATCH % size:
             raise ConfigError("batches do not split over the processes",
@@ -121,10 +120,8 @@ class Fit:
         self.held_ids: np.ndarray
         self.train_ids, self.held_ids = (
             self.episodes.split(cfg.holdout, seed=0) if split else everything)
-        self.out, self.work = Path(cfg.out), Path(cfg.out) / "training"
         self.nano = self._network().to(self.group.device)
         self.drop = not cfg.keep_terminal_frames
-        self.seconds: dict[str, float] = {}
         self.about = {"data": self._tag(), "from": nano.value_fingerprint(self.nano),
                       "keep_terminal_frames": cfg.keep_terminal_frames}
 
@@ -198,16 +195,6 @@ class Fit:
             self._write()
         return self.out
 
-    def _loop(self, name: str, iterations: int, about: dict, **changes: Any) -> Loop:
-        cfg = LoopConfig(iterations=iterations, seed=self.cfg.seed,
-                         save_every=max(1, min(200, iterations // 4)), **changes)
-        return Loop(name, getattr(self.nano, name), cfg, self.work, self.group, self.about | about)
-
-    def _finish(self, loop: Loop) -> None:
-        loop.load_ema()
-        getattr(self.nano, loop.name).eval()
-        self.seconds[loop.name] = round(loop.seconds, 1)
-
     def _image_rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows of these episodes whose frame is a picture of the game."""
         starts, steps = self.episodes.starts[ids], self.episodes.lengths[ids]
@@ -218,76 +205,25 @@ class Fit:
         """Median frame of the recording, as pixels (3, H, W)."""
         rows = self._image_rows(self.train_ids)
         pick = np.random.default_rng((self.cfg.seed, 1)).choice(rows, min(400, len(rows)), False)
-        median = np.median(self.episodes.take("frames", np.sort(pick)), axis=0).astype(np.uint8)
-        return to_pixels(torch.from_numpy(median)[None], self.nano.codec.cfg.frame_hw,
-                         self.group.device)[0]
+        return self.median(self._read(np.sort(pick)))
+
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        return self.episodes.take("frames", rows)
 
     def _codec(self, iterations: int) -> None:
-        rows, batch, group = self._image_rows(self.train_ids), CODEC_BATCH, self.group
-        hw, device = self.nano.codec.cfg.frame_hw, group.device
-        median_CHW = self._median()
-        shape = self.nano.codec.cfg.latent_chw
+        rows, group, median_CHW = self._image_rows(self.train_ids), self.group, self._median()
 
         def sample(i: int) -> dict:
             rng = np.random.default_rng((self.cfg.seed, 2, i))
-            mine = rng.choice(rows, batch)[group.rows(batch)]
-            return {"frames": torch.from_numpy(self.episodes.take("frames", mine))}
+            mine = rng.choice(rows, CODEC_BATCH)[group.rows(CODEC_BATCH)]
+            return {"frames": torch.from_numpy(self._read(mine))}
 
-        def loss(model, data, generator):
-            noise = torch.randn(batch, *shape, generator=generator)[group.rows(batch)]
-            pixels = to_pixels(data["frames"], hw, device)
-            value, plain = codec_loss(model, pixels, median_CHW, noise.to(device),
-                                      average=group.average)
-            return value, {"mse": float(plain)}
+        self.fit_codec(iterations, sample, lambda data: median_CHW, self._read, rows)
 
-        if not group.shard:  # faster convolutions, but fully_shard wants contiguous weights
-            self.nano.codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        loop = self._loop("codec", iterations, {}, lr=1e-3, decay=0.4)
-        loop.run(sample, loss, self.cfg.tensorboard)
-        self._finish(loop)
-        self._normalise(rows)
-
-    @torch.no_grad()
-    def _normalise(self, rows: np.ndarray) -> None:
-        codec = self.nano.codec
-        pick = np.sort(np.random.default_rng((self.cfg.seed, 3)).choice(rows, min(2000, len(rows))))
-        raw = torch.cat([
-            codec.raw(to_pixels(torch.from_numpy(self.episodes.take("frames", part)),
-                                codec.cfg.frame_hw, codec.mean.device))
-            for part in np.array_split(pick, max(1, len(pick) // 100))])
-        codec.mean.copy_(raw.mean((0, 2, 3)))
-        codec.std.copy_(raw.std((0, 2, 3)).clamp_min(1e-3))
-
-    @torch.no_grad()
     def _encode(self) -> tuple[np.ndarray, np.ndarray]:
-        """Row-aligned latents (R, C, h, w) and cell weights (R, h, w), float16, cached on disk."""
-        codec, work, start = self.nano.codec, self.work, time.perf_counter()
+        """Row-aligned latents (R, C, h, w) and cell weights (R, h, w)."""
         tag = f"{nano.value_fingerprint(self.nano, 'codec')}-{self.about['data']}"
-        mark = work / "latents.json"
-        known = json.loads(mark.read_text()) if mark.exists() else {}
-        if known.get("tag") != tag and self.group.first:
-            work.mkdir(parents=True, exist_ok=True)
-            mark.unlink(missing_ok=True)
-            median_CHW, total = self._median(), self.episodes.rows
-            shapes = {"latents": codec.cfg.latent_chw, "weights": codec.cfg.latent_chw[1:]}
-            stores = {name: np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.float16,
-                                                      (total, *shape))
-                      for name, shape in shapes.items()}
-            for first in tqdm(range(0, total, 256), desc="encode", mininterval=5.0):
-                rows = np.arange(first, min(first + 256, total))
-                frames = torch.from_numpy(self.episodes.take("frames", rows))
-                pixels = to_pixels(frames, codec.cfg.frame_hw, self.group.device)
-                stores["latents"][rows] = codec.encode(frames).cpu().numpy()
-                stores["weights"][rows] = cell_weight(pixels, median_CHW).cpu().numpy()
-            known = {"tag": tag, "seconds": round(time.perf_counter() - start, 1)}
-            for store in stores.values():
-                store.flush()
-            mark.write_text(json.dumps(known))  # last: a kill before this encodes again
-        self.group.barrier()
-        self.seconds["encode"] = known.get("seconds", 0.0)
-        latents, weights = (np.load(work / f"{name}.npy", mmap_mode="r")
-                            for name in ("latents", "weights"))
-        return latents, weights
+        return self.encode(self.work, tag, self.episodes.rows, self._read, self._median)
 
     def _dynamics(self, iterations: int) -> None:
         cfg, group, device = self.cfg, self.group, self.group.device
@@ -315,10 +251,10 @@ class Fit:
                                  average=group.average)
 
         about = {"batch": cfg.batch, "clip": clip, "alone": alone, "window": self.nano.cfg.window}
-        loop = self._loop("dynamics", iterations, about, lr=cfg.dynamics_lr, decay=0.3,
+        loop = self.loop("dynamics", iterations, about, lr=cfg.dynamics_lr, decay=0.3,
                           warmup=200, weight_decay=0.02, muon=True, ema=0.995)
         loop.run(lambda i: samplers[i >= alone](i), loss, cfg.tensorboard)
-        self._finish(loop)
+        self.finish(loop)
 
     def _features(self, actions: np.ndarray, null: np.ndarray) -> torch.Tensor:
         shape = null.shape
@@ -346,10 +282,10 @@ class Fit:
                                  for k in ("rewards", "terminated", "soon"))
             return outcome_loss(model, past, action, reward, end, head.reward_scale, soon)
 
-        loop = self._loop("outcome", iterations, {"noise": cfg.outcome_noise}, lr=1e-3, decay=0.5,
+        loop = self.loop("outcome", iterations, {"noise": cfg.outcome_noise}, lr=1e-3, decay=0.5,
                           weight_decay=0.1)
         loop.run(sampler, loss, cfg.tensorboard)
-        self._finish(loop)
+        self.finish(loop)
 
     def _write(self) -> None:
         cfg = self.cfg

@@ -17,9 +17,9 @@ def machine(device: torch.device) -> str:
     return f"{os.cpu_count()} CPU cores, {math.ceil(memory)} GiB"
 
 
-def command(cfg: Any) -> str:
+def command(cfg: Any, name: str = "worldgym fit") -> str:
     """The command line that repeats a fit (``FitConfig``): every setting but the defaults."""
-    words = ["worldgym fit"]
+    words = [name]
     for field in fields(cfg):
         value, flag = getattr(cfg, field.name), field.name.replace("_", "-")
         if value == field.default:

@@ -1,0 +1,386 @@
+"""Agents in the multi-agent face: rows, who is left out of the update, past selves, resuming,
+teams scored in both places, rollouts."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pettingzoo")
+pytest.importorskip("stable_baselines3")
+import torch  # noqa: E402
+
+from tests.party_face_tools import tiny_task  # noqa: E402
+from worldgym.agents import cli, party_score  # noqa: E402
+from worldgym.agents.model import read_facts  # noqa: E402
+from worldgym.agents.party_agent import TrainedPlayer, party_player, team  # noqa: E402
+from worldgym.agents.party_learner import LiveRollout, PastSelf  # noqa: E402
+from worldgym.agents.party_train import party_config, train_party_in_dream  # noqa: E402
+from worldgym.agents.rollout import film, rollout  # noqa: E402
+from worldgym.agents.score import Played  # noqa: E402
+from worldgym.data.party import PartySampler  # noqa: E402
+from worldgym.data.store import Episodes  # noqa: E402
+from worldgym.envs import parallel_env  # noqa: E402
+from worldgym.envs.meltingpot import available  # noqa: E402
+from worldgym.envs.party_rows import TRAINING_VIEW, DreamPartyVecEnv, PartyVecEnv  # noqa: E402
+from worldgym.envs.party_view import PartyView  # noqa: E402
+from worldgym.errors import ActionError, CheckpointError, ConfigError  # noqa: E402
+
+STEADY, DEADLY = tiny_task(horizon=6), tiny_task(end=-2.0, horizon=30)
+
+
+def rows(task=DEADLY, slots=2, players=3, **settings):
+    return DreamPartyVecEnv(task, "predator_prey", players, slots, **settings)
+
+
+def moves(i, count):
+    return np.random.default_rng(i).integers(8, size=count)
+
+
+# ---------------------------------------------------------------------------- rows
+
+
+def test_rows_are_the_players_of_single_environments():
+    env, singles = rows(seed=3), [
+        parallel_env(DEADLY, "predator_prey", 3, observation="crop", frame_stack=2)
+        for _ in range(2)]
+    obs = env.reset()
+    seen = [single.reset(seed=3 + b)[0] for b, single in enumerate(singles)]
+    assert obs.shape == (6, 6, 44, 44) and obs.dtype == np.uint8
+    went = 0
+    for i in range(10):
+        for r, (b, p) in enumerate(zip(env.slot_R, env.seat_R, strict=True)):
+            if f"player_{p}" in seen[b]:
+                assert np.array_equal(obs[r].transpose(1, 2, 0), seen[b][f"player_{p}"])
+        act = moves(i, 6)
+        obs, rewards, dones, infos = env.step(act)
+        over = False
+        for b, single in enumerate(singles):
+            seen[b], paid, ends, cuts, _ = single.step(
+                {a: int(act[3 * b + int(a[-1])]) for a in single.agents})
+            for a in paid:
+                r = 3 * b + int(a[-1])
+                assert rewards[r] == np.float32(paid[a]) and dones[r] == (ends[a] or cuts[a])
+                if dones[r]:
+                    assert infos[r]["TimeLimit.truncated"] == cuts[a]
+                    assert np.array_equal(infos[r]["terminal_observation"].transpose(1, 2, 0),
+                                          seen[b][a])
+            over |= not single.agents
+            went += 1
+        if over:
+            break
+    assert went > 6
+
+
+def test_who_is_out_waits_and_is_not_played():
+    env = rows(slots=3)
+    env.reset()
+    out, died, waited = np.zeros(9, bool), 0, 0
+    for i in range(60):
+        _, rewards, dones, _ = env.step(moves(i, 9))
+        assert np.array_equal(env.acted_R, ~out)
+        assert (rewards[out] == 0).all() and not dones[out].any()
+        out |= dones
+        died, waited = died + dones.sum(), waited + out.sum()
+        for b in range(3):  # all out: the slot has begun anew
+            if out[3 * b:3 * b + 3].all():
+                out[3 * b:3 * b + 3] = False
+    assert died > 5 and waited > 5
+
+
+def test_rows_refuse_nonsense():
+    env = rows()
+    with pytest.raises(ActionError, match="waiting"):
+        env.step_wait()
+    env.reset()
+    with pytest.raises(ActionError, match="number of actions"):
+        env.step(np.zeros(5, int))
+    with pytest.raises(ActionError, match="player_"):
+        env.step(np.full(6, 9))
+    for wrong in (3, -1):
+        with pytest.raises(ConfigError, match="rivals"):
+            rows(rivals=wrong)
+    with pytest.raises(ConfigError, match="told apart"):
+        rows(view=PartyView(observation="frame"))
+    env = rows(rivals=1)
+    env.reset()
+    with pytest.raises(ConfigError, match="nobody plays"):
+        env.step(np.zeros(4, int))
+
+
+def test_rivals_sit_on_every_seat():
+    env, asked = rows(STEADY, slots=3, rivals=1), []
+    assert env.num_envs == 6 and env.rival_BP.sum(0).tolist() == [1, 1, 1]
+
+    def rival(seen, keys):
+        asked.append((seen.shape, keys.tolist()))
+        return np.full(len(seen), 7)
+
+    env.rival = rival
+    env.reset()
+    env.step(np.zeros(6, int))
+    acts, alive = env.core.last_actions(), env.core.where().alive_BP
+    assert asked[0][0] == (3, 6, 44, 44) and [k[2:] for k in asked[0][1]] == [
+        [0, 0], [0, 1], [0, 2]]  # step 0; seats 0, 1, 2
+    assert ((acts == 7) <= env.rival_BP).all() and (acts[~env.rival_BP] == 0).all() and alive.any()
+
+
+# ---------------------------------------------------------------------------- the update
+
+
+def filled(poison):
+    """A buffer of two rows; the second is out in steps 2 and 3, where it holds ``poison``."""
+    from gymnasium import spaces
+
+    live = np.array([[1, 1], [1, 1], [1, 0], [1, 0], [1, 1], [1, 1]], bool)
+    starts = np.array([[1, 1], [0, 0], [0, 1], [0, 0], [1, 0], [0, 0]], np.float32)
+    buffer = LiveRollout(6, spaces.Box(-9, 9, (1,), np.float32), spaces.Discrete(4), "cpu",
+                         gae_lambda=0.9, gamma=0.9, n_envs=2)
+    rng = np.random.default_rng(0)
+    for t in range(6):
+        value, paid = rng.normal(size=2), rng.normal(size=2)
+        value[~live[t]], paid[~live[t]] = poison, 0
+        buffer.played = lambda t=t: live[t]
+        buffer.add(np.full((2, 1), t), np.zeros(2, int), paid, starts[t],
+                   torch.tensor(value).float(), torch.zeros(2))
+    # the learner is told that the second row's third episode begins by its slot alone
+    buffer.compute_returns_and_advantage(torch.zeros(2), np.array([1.0, 1.0]))
+    return buffer, live
+
+
+def test_the_update_does_not_see_who_is_out():
+    found = []
+    for poison in (0.0, 1e6):
+        np.random.seed(1)
+        buffer, live = filled(poison)
+        batches = list(buffer.get(4))
+        sizes = [len(b.advantages) for b in batches]
+        assert sum(sizes) == live.sum() == 10 and sizes == [4, 4, 2]
+        found.append(torch.cat([torch.stack([b.old_values, b.advantages, b.returns], 1)
+                                for b in batches]))
+    assert torch.equal(*found) and found[0].abs().max() < 10
+
+
+def test_all_rows_played_is_the_plain_buffer():
+    from stable_baselines3.common.buffers import RolloutBuffer
+
+    np.random.seed(1)
+    ours, _ = filled(0.0)
+    ours.live[:] = True
+    np.random.seed(2)
+    ours = [b.advantages for b in ours.get(5)]
+    plain, _ = filled(0.0)
+    plain.__class__ = RolloutBuffer
+    np.random.seed(2)
+    assert all(torch.equal(a, b.advantages) for a, b in zip(ours, plain.get(5), strict=True))
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def config(**changes):
+    return party_config(**{"steps": 64, "envs": 2, "save_every": 32, "tensorboard": False,
+                           "progress": False, "frame_stack": 2, "hyperparameters": {
+                               "n_steps": 8, "batch_size": 16, "n_epochs": 1}, **changes})
+
+
+def learn(folder, rivals=1, **changes):
+    return train_party_in_dream(DEADLY, config(**changes), folder, game="predator_prey",
+                                players=3, rivals=rivals, horizon=12)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return learn(tmp_path_factory.mktemp("agent"))
+
+
+def weights(path):
+    player = TrainedPlayer(path)
+    return {k: v.clone() for k, v in player.policy.state_dict().items()}
+
+
+def test_training_goes_on_bit_for_bit(trained, tmp_path):
+    """Interrupted after the first checkpoint, rivals and all; the same agent as in one go."""
+    assert trained.steps == 64 and len(trained.checkpoints) == 2
+    learn(tmp_path, steps=32)
+    again = learn(tmp_path)
+    one, two = weights(trained.agent), weights(again.agent)
+    first = weights(trained.checkpoints[0])
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert any(not torch.equal(one[k], first[k]) for k in one)
+    facts = read_facts(again.agent)
+    assert facts["players"] == 3 and facts["rivals"] == 1 and facts["where"] == "dream"
+    with pytest.raises(ConfigError, match="other settings"):
+        learn(tmp_path, rivals=0)
+
+
+def test_the_past_self_is_frozen_until_a_checkpoint(trained):
+    policy = TrainedPlayer(trained.agent).policy
+    rival = PastSelf(policy)
+    seen, keys = np.random.default_rng(0).integers(0, 255, (64, 6, 44, 44), np.uint8), np.stack(
+        [np.arange(64)] * 4, 1)
+    before = rival(seen, keys)
+    turned = rival(seen[::-1].copy(), keys[::-1])
+    assert np.array_equal(turned[::-1], before)  # a row's noise is its own
+    rival.load(trained.checkpoints[0].parent)
+    old = weights(trained.checkpoints[0])
+    assert all(torch.equal(v, old[k]) for k, v in rival.policy.state_dict().items())
+    assert len(set(before.tolist())) > 2
+
+
+def test_a_licence_can_forbid_training(tmp_path):
+    from dataclasses import replace
+
+    from worldgym.errors import LicenceError
+    from worldgym.spec import Licence
+
+    spec = replace(DEADLY.world.spec, licence=Licence(may_train_on_outputs=False))
+    world = SimpleNamespace(spec=spec)
+    with pytest.raises(LicenceError):
+        train_party_in_dream(replace(DEADLY, world=world), config(), tmp_path)
+
+
+# ---------------------------------------------------------------------------- trained players
+
+
+def test_a_player_sees_what_it_was_trained_on(trained):
+    env = rows(STEADY, slots=1, view=TRAINING_VIEW)
+    player = TrainedPlayer(trained.agent)
+    player.reset(np.random.default_rng(0))
+    obs = env.reset()
+    for i in range(5):
+        scene = env.core.scenes()[0]
+        for seat in range(3):
+            if seat == 0:
+                player.watch(scene, seat)
+            if i:  # an episode begins with copies of its first frame here
+                assert np.array_equal(player.see(scene, seat)[0], obs[seat])
+        obs, *_ = env.step(moves(i, 3))
+
+
+def test_teams():
+    assert [m().name for m in team("gather+slips:0.1:chase", 2)] == ["gather", "slips:0.1:chase"]
+    for wrong in (["gather", "chase"], "gather+"):
+        with pytest.raises(ConfigError):
+            team(wrong, 3)
+    with pytest.raises(CheckpointError, match="missing"):
+        party_player("nobody.zip")
+
+
+def test_agents_of_other_kinds_are_refused(tmp_path):
+    import shutil
+    from pathlib import Path
+
+    other = Path(__file__).parents[1] / "agents" / "pretrained" / "take_cover.zip"
+    shutil.copy(other, tmp_path / "a.zip")
+    with pytest.raises(ConfigError, match="several players"):
+        TrainedPlayer(tmp_path / "a.zip")
+
+
+def test_scores_in_the_dream(trained):
+    def play(slots, episodes=3):
+        return party_score.play_team_dream(
+            DEADLY, "predator_prey", 3, f"gather+random+{trained.agent}", episodes, seed=5,
+            horizon=8, slots=slots)
+
+    one, two = play(3), play(2)
+    assert np.array_equal(one.returns, two.returns)  # episodes do not know their batch
+    assert one.lengths.max() <= 8 and len(one.returns) == 3 and one.where == "dream"
+    assert len(set(one.returns.tolist())) == 3
+    with pytest.raises(ConfigError, match="horizon"):
+        party_score.play_team_dream(SimpleNamespace(horizon=None), "coins", 2, "random", 1)
+
+
+def played(where, *returns):
+    paid = [[r] for r in returns]
+    return Played.of("x", where, range(len(returns)), paid, [False] * len(returns))
+
+
+def test_gain_share():
+    scores = {"random": {"real": played("real", 0., 2., 1.)},
+              "real": {"real": played("real", 11., 11., 11.)},
+              "dream": {"real": played("real", 9., 9., 9.), "dream": played("dream", 20., 21.)}}
+    share, low, high, n = party_score.gain_share(scores)
+    assert share == pytest.approx(0.8) and low < 0.8 < high and n == 3
+    assert party_score.rows_of(scores, "coins")[-1].what == "coins/dream"
+    text = party_score.party_table(scores)
+    assert "9.00" in text and "20.50" in text and "+8.00" in text
+    assert party_score.gain_share({**scores, "real": scores["random"]}) is None
+    assert party_score.gain_share({"dream": scores["dream"]}) is None
+
+
+def test_rollouts_are_recordings(trained, tmp_path):
+    """The format of collect-party; the same again is the same; goes on where it was."""
+    env = parallel_env(DEADLY, "predator_prey", 3, max_cycles=6)
+    names = ["gather", "random:4", str(trained.agent)]
+    first = rollout(env, names, tmp_path / "a", 2, progress=False)
+    for count in (1, 2):
+        second = rollout(env, names, tmp_path / "b", count, progress=False)
+    assert len(first) == len(second) == 2 and first.policies[0] == "|".join(names)
+    for number in range(2):
+        one, two = first.episode(number), second.episode(number)
+        assert set(one) == set(two)
+        assert all(np.asarray(one[k]).tobytes() == np.asarray(two[k]).tobytes() for k in one)
+    rows = first.episode(0)
+    assert rows["frames"].shape[1:] == (32, 40, 3) and rows["actions"].shape[1:] == (8,)
+    assert (rows["actions"][:, 3:] == -1).all() and (rows["actions"][0] == -1).all()
+    assert np.isnan(rows["info_position"][:, 3:]).all()
+    assert rows["info_valid"][0].tolist() == [True] * 3 + [False] * 5
+    env.reset(seed=0)
+    assert np.array_equal(rows["frames"][0], env.state())
+    store = Episodes.open(tmp_path / "a")
+    assert store.env["where"] == "dream" and store.env["recipe"]["name"] == "predator_prey"
+    clips = PartySampler({"predator_prey": store}, {"predator_prey": np.arange(2)}, 3, 2)(0)
+    assert clips["frames"].shape == (2, 3, 32, 40, 3)
+    assert film(store, tmp_path / "a.mp4", label="dream").stat().st_size > 2000
+    with pytest.raises(ConfigError, match="another recording"):
+        rollout(env, ["gather"], tmp_path / "a", 3, progress=False)
+
+
+def test_commands_are_read():
+    said = cli.parse(["train-party", "--out", "x", "--game", "coins", "--rivals", "1", "--real"])
+    assert (said.game, said.rivals, said.real, said.slots) == ("coins", 1, True, 16)
+    said = cli.parse(["rollout", "--out", "x", "--env", "real", "--policies", "gather", "random"])
+    assert said.policies == ("gather", "random") and said.env == "real"
+    assert cli.main(["score-party", "--where", "moon"]) == 2
+
+
+# ---------------------------------------------------------------------------- the real game
+
+real = pytest.mark.skipif(not available(), reason="Melting Pot is not installed")
+
+
+@real
+def test_rows_of_the_real_game():
+    from worldgym.envs.party_rows import RealParty
+
+    env = PartyVecEnv(RealParty("coins", 2, 2, TRAINING_VIEW, horizon=5), seed=1)
+    obs = env.reset()
+    assert obs.shape == (4, 6, 44, 44) and obs.std() > 10
+    for i in range(1, 11):
+        obs, rewards, dones, infos = env.step(moves(i, 4))
+        assert env.acted_R.all() and dones.all() == dones.any() == (i % 5 == 0)
+        if dones.all():
+            assert infos[0]["TimeLimit.truncated"]
+            assert infos[0]["terminal_observation"].shape == (6, 44, 44)
+    env.close()
+
+
+@real
+def test_real_commands_end_to_end(tmp_path, capsys):
+    """Train in the substrate, score and roll out there."""
+    out = str(tmp_path / "agent")
+    assert cli.main(["train-party", "--out", out, "--real", "--game", "coins", "--slots", "1",
+                     "--steps", "32", "--horizon", "8", "--set", "n_steps=16",
+                     "batch_size=32"]) == 0
+    agent = f"{out}/agent.zip"
+    assert read_facts(agent)["where"] == "real"
+    assert cli.main(["score-party", "--where", "real", "--game", "coins", "--episodes", "2",
+                     "--horizon", "8", "--policy", "random", f"mixed=gather+{agent}",
+                     "--out", str(tmp_path / "s.json")]) == 0
+    lines = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [r["what"] for r in lines] == ["coins/random", "coins/mixed"] and lines[0]["n"] == 2
+    assert cli.main(["rollout", "--out", str(tmp_path / "r"), "--env", "real", "--game", "coins",
+                     "--policies", "gather", agent, "--episodes", "1", "--max-cycles", "6"]) == 0
+    assert (tmp_path / "r" / "rollout.mp4").exists() and "mean return" in capsys.readouterr().out

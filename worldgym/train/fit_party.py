@@ -1,0 +1,349 @@
+"""Fit a world of several players and games to recordings: codec, dynamics, rewards and ends.
+
+The dynamics train in two stages: the video alone, then subjects and video together; first on
+single frames with the one before beside them (cheap), at last on whole clips. Every part resumes
+from its checkpoint in ``out/training``; run the same command again after a kill.
+Shapes: B clip, F frame, R row of a game's data, N player slot, S state channel.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldgym.data.party import PartySampler, halved, open_party, split_party
+from worldgym.data.starts import StartBank
+from worldgym.data.store import Episodes
+from worldgym.errors import ConfigError
+from worldgym.models import party_nano
+from worldgym.models.codec import CodecConfig
+from worldgym.models.party import nano_config
+from worldgym.models.party_loss import PartyLossConfig, batch_of, party_loss
+from worldgym.models.party_nano import PartyNano, PartyNanoConfig
+from worldgym.models.party_outcome import party_outcome_loss
+from worldgym.train.distributed import Group
+from worldgym.train.metrics_party import measure_party, recorded_states
+from worldgym.train.provenance import command, machine
+from worldgym.train.stages import CODEC_BATCH, Stages
+
+OUTCOME_BATCH = 128  # transitions
+CODEC_WIDTH, CODEC_DEEP = 32, 64
+HORIZON = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitPartyConfig:
+    """What to fit to what, for how long.
+
+    ``data``: folder of ``worldgym collect-party``; ``out``: world folder to make; ``games``: names,
+    empty: all that are there. Iterations are per part; ``quick``: a minute in all.
+    ``halve``: frames at half the recorded size. ``channels``: of the latents, a cell of the map
+    each; ``width``, ``layers``: of the dynamics; ``window``: frames that a step can see.
+    ``video_share``: of the dynamics' iterations, the video alone; ``alone_share``: those on single
+    frames. ``batch``: clips of ``clip`` frames. ``state_weight``, ``position_weight``: see
+    ``PartyLossConfig``. ``starts``: start states to keep of each game; ``horizon``: steps of a
+    dreamt episode.
+    ``snapshot``: write the world as the checkpoints in ``out`` have it into this folder, train
+    nothing; before the last stage such a world has no memory (``window`` 1), before its heads are
+    trained no ends.
+    """
+
+    data: str
+    out: str
+    name: str | None = None
+    games: tuple[str, ...] = ()
+    codec_iterations: int = 3000
+    dynamics_iterations: int = 12000
+    outcome_iterations: int = 3000
+    video_share: float = 0.02
+    alone_share: float = 0.3
+    batch: int = 16
+    clip: int = 7
+    channels: int = 8
+    width: int = 128
+    layers: int = 5
+    window: int = 6
+    steps: tuple[float, ...] = (1000.0, 850.0, 600.0)
+    state_weight: float = 2.0
+    position_weight: float = 5.0
+    dynamics_lr: float = 4e-3
+    starts: int = 100
+    horizon: int = HORIZON
+    holdout: float = 0.05
+    halve: bool = True
+    quick: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    measure: bool = True
+    tensorboard: bool = True
+    snapshot: str | None = None
+
+    def __post_init__(self) -> None:
+        counts = (self.codec_iterations, self.dynamics_iterations, self.outcome_iterations)
+        if min(*counts, self.batch, self.clip - 1, self.starts, self.seed + 1, self.window,
+               self.horizon, self.channels, self.layers) < 1:
+            raise ConfigError("impossible length of training",
+                              given=f"iterations {counts}, batch {self.batch}, clip {self.clip}, "
+                                    f"starts {self.starts}, seed {self.seed}, window {self.window},"
+                                    f" horizon {self.horizon}",
+                              expected="iterations, batch, starts, window, horizon >= 1, clip >= 2,"
+                                       " seed >= 0", fix="raise the numbers")
+        if not (0 < self.holdout < 1 and 0 <= self.video_share <= self.alone_share <= 1):
+            raise ConfigError("impossible shares",
+                              given=f"holdout {self.holdout}, video {self.video_share}, alone "
+                                    f"{self.alone_share}",
+                              expected="0 < holdout < 1, 0 <= video_share <= alone_share <= 1",
+                              fix="use 0.05, 0.02 and 0.3")
+
+
+class FitParty(Stages):
+    """One fitting run."""
+
+    nano: PartyNano
+
+    def __init__(self, cfg: FitPartyConfig, group: Group | None = None) -> None:
+        super().__init__(cfg, group or Group(device=torch.device(cfg.device)))
+        size = self.group.size
+        if cfg.batch % size or CODEC_BATCH % size or OUTCOME_BATCH % size:
+            raise ConfigError("batches do not split over the processes", given=f"{size} processes",
+                              expected=f"divisors of {cfg.batch}, {CODEC_BATCH}, {OUTCOME_BATCH}",
+                              fix="change --batch or --nproc_per_node")
+        stores = open_party(cfg.data)
+        unknown = sorted(set(cfg.games) - set(stores))
+        if unknown:
+            raise ConfigError("no recordings of this game", given=unknown,
+                              expected=f"some of {list(stores)}", fix="record it, or leave it out")
+        self.stores = {k: v for k, v in stores.items() if not cfg.games or k in cfg.games}
+        self.train_ids, self.held_ids = split_party(self.stores, cfg.holdout)
+        self.view = halved if cfg.halve else np.asarray
+        self.nano = party_nano.fresh(self._config(), cfg.seed).to(self.group.device)
+        self.rows = {game: self._rows(game) for game in self.stores}
+        self.ends = np.cumsum([len(rows) for rows in self.rows.values()])
+        self.about = {"data": self._tag()}
+
+    def _config(self) -> PartyNanoConfig:
+        cfg, first = self.cfg, next(iter(self.stores.values()))
+        down = 2 if cfg.halve else 1
+        codec = CodecConfig(frame_hw=(first.frame_hw[0] // down, first.frame_hw[1] // down),
+                            channels=cfg.channels, width=CODEC_WIDTH, deep_width=CODEC_DEEP,
+                            stem=4 // down)
+        cells = [self._cells(store) for store in self.stores.values()]
+        actions = int(first.action.sizes[0])
+        return PartyNanoConfig(
+            name=cfg.name or Path(cfg.out).resolve().name, codec=codec, games=tuple(self.stores),
+            cells=tuple(cells), fps=first.fps, steps=cfg.steps, outcome_squash=True,
+            reward_range=self._reward_range(),
+            dynamics=nano_config(codec.latent_chw, len(self.stores), cfg.width, cfg.layers,
+                                 window=cfg.window, patch=(2, 2), slots=first.agents,
+                                 actions=actions, facing=True))
+
+    @staticmethod
+    def _cells(store: Episodes) -> tuple[float, float, float, float]:
+        """Offset and size of the cells of a game's frames, over the frame's two units."""
+        height, width = store.env.get("recipe", store.env).get("frame_cells_hw", (8, 10))
+        return 0.0, 0.0, 2 / width, 2 / height
+
+    def _reward_range(self) -> tuple[float, float]:
+        """Lowest and highest reward of a player in one step."""
+        low, high = 0.0, 0.0
+        for store in self.stores.values():
+            rewards = store.take("rewards", np.arange(store.rows))
+            low, high = min(low, float(np.nanmin(rewards))), max(high, float(np.nanmax(rewards)))
+        return low, high
+
+    def _tag(self) -> str:
+        """Which recordings these are."""
+        text = json.dumps([[k, v.lengths.tolist(), v.seeds, v.policies, v.env]
+                           for k, v in self.stores.items()], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def run(self) -> Path:
+        """Fit all parts and write the world folder; returns it."""
+        cfg, short = self.cfg, 50 if self.cfg.quick else 10**9
+        if cfg.snapshot:
+            return self._snapshot(Path(cfg.snapshot))
+        self._codec(min(cfg.codec_iterations, short))
+        self._encode()
+        self._dynamics(min(cfg.dynamics_iterations, short))
+        self._outcome(min(cfg.outcome_iterations, short))
+        if self.group.first:
+            self._write(self.out, self.nano)
+        return self.out
+
+    def _read(self, game: str, rows: np.ndarray) -> np.ndarray:
+        return self.view(self.stores[game].take("frames", rows))
+
+    def _rows(self, game: str) -> np.ndarray:
+        """Rows of the training episodes of a game."""
+        store, ids = self.stores[game], self.train_ids[game]
+        return np.concatenate([np.arange(s, s + n + 1) for s, n in zip(
+            store.starts[ids], store.lengths[ids], strict=True)])
+
+    def _median(self, game: str) -> torch.Tensor:
+        rows = self.rows[game]
+        pick = np.random.default_rng((self.cfg.seed, 1)).choice(rows, min(400, len(rows)), False)
+        return self.median(self._read(game, np.sort(pick)))
+
+    def _any(self, numbers: np.ndarray) -> np.ndarray:
+        """Training frames by their number, counted through all games."""
+        of = np.searchsorted(self.ends, numbers, side="right")
+        out = np.empty((len(numbers), *self.nano.codec.cfg.frame_hw, 3), np.uint8)
+        for g in np.unique(of):
+            name = self.nano.cfg.games[g]
+            first = self.ends[g] - len(self.rows[name])
+            out[of == g] = self._read(name, self.rows[name][numbers[of == g] - first])
+        return out
+
+    def _codec(self, iterations: int) -> None:
+        games, group = self.nano.cfg.games, self.group
+        medians = torch.stack([self._median(game) for game in games])
+        counts = np.array([len(self.rows[game]) for game in games])
+
+        def sample(i: int) -> dict:
+            rng = np.random.default_rng((self.cfg.seed, 2, i))
+            game = rng.integers(len(games), size=CODEC_BATCH)
+            number = (self.ends - counts + rng.integers(counts, size=(CODEC_BATCH, len(games))))[
+                np.arange(CODEC_BATCH), game]
+            mine = group.rows(CODEC_BATCH)
+            return {"frames": torch.from_numpy(self._any(number[mine])),
+                    "game": torch.from_numpy(game[mine])}
+
+        self.fit_codec(iterations, sample, lambda data: medians[data["game"]], self._any,
+                       np.arange(self.ends[-1]), {"codec": self.nano.cfg.to_json()["codec"]})
+
+    def _value_tag(self) -> str:
+        """Which codec this is."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.nano.codec.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return f"{digest.hexdigest()[:16]}-{self.about['data']}"
+
+    def _encode(self) -> None:
+        self.latent_tag, self.extra = self._value_tag(), {}
+        for game, store in self.stores.items():
+            latents, weights = self.encode(
+                self.work / "latents" / game, self.latent_tag, store.rows,
+                partial(self._read, game), partial(self._median, game))
+            self.extra[game] = {"latents": latents, "weights": weights}
+
+    def _sampler(self, frames: int, batch: int) -> PartySampler:
+        return PartySampler(self.stores, self.train_ids, frames, batch, self.cfg.seed,
+                            with_frames=False, extra=self.extra, rank=self.group.rank,
+                            world_size=self.group.size)
+
+    def _batch(self, data: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        sub = self.nano.cfg.dynamics.subjects
+        batch = batch_of(data, sub.facing)
+        batch["weight_BFhw"] = torch.from_numpy(data["weights"].astype(np.float32))
+        batch["cell_B2"] = torch.tensor(self.nano.cfg.cells)[batch["game_B"], 2:]
+        return {k: v.to(self.group.device) for k, v in batch.items()}
+
+    def _dynamics(self, iterations: int) -> None:
+        cfg, group = self.cfg, self.group
+        video, alone = int(cfg.video_share * iterations), int(cfg.alone_share * iterations)
+        # single frames: as many as clips have, each with the one before it
+        half = max(group.size, cfg.batch // 2 // group.size * group.size)
+        samplers = [self._sampler(2, cfg.batch * (cfg.clip - 1)), self._sampler(cfg.clip, half)]
+        how = PartyLossConfig(shift=3.0, state_weight=cfg.state_weight, forcing="alone",
+                              position_weight=cfg.position_weight)
+
+        def loss(model, data, generator):
+            here = replace(how, stage="video" if loop.iteration < video else "joint",
+                           forcing="alone" if loop.iteration < alone else "teacher")
+            return party_loss(model, self.nano.cfg.dynamics, self._batch(data), generator, here,
+                              (group.rank, group.size), group.average)
+
+        about = {"batch": cfg.batch, "clip": cfg.clip, "video": video, "alone": alone,
+                 "loss": asdict(how), "latents": self.latent_tag,
+                 "dynamics": json.dumps(self.nano.cfg.dynamics.to_json(), sort_keys=True)}
+        loop = self.loop("dynamics", iterations, about, lr=cfg.dynamics_lr, decay=0.3, warmup=200,
+                         weight_decay=0.02, muon=True, ema=0.995,
+                         save_every=max(1, min(100, iterations // 4)))
+        loop.run(lambda i: samplers[i >= alone](i), loss, cfg.tensorboard)
+        self.finish(loop)
+
+    def _outcome(self, iterations: int) -> None:
+        cfg, group, head = self.cfg, self.group, self.nano.outcome
+        sampler = self._sampler(head.cfg.frames + 1, OUTCOME_BATCH)
+        head.reward_scale.fill_(1.0)
+
+        def loss(model, data, generator):
+            batch = self._batch(data)
+            noise = torch.randn(OUTCOME_BATCH, *batch["latents_BFChw"].shape[1:],
+                                generator=generator)
+            level = 0.2 * torch.rand(OUTCOME_BATCH, 1, 1, 1, 1, generator=generator)
+            batch["latents_BFChw"] += (level * noise)[group.rows(OUTCOME_BATCH)].to(group.device)
+            return party_outcome_loss(model, head.cfg, batch, head.reward_scale)
+
+        loop = self.loop("outcome", iterations,
+                         {"latents": self.latent_tag, "head": json.dumps(asdict(head.cfg))},
+                         lr=1e-3, decay=0.5, weight_decay=0.1)
+        loop.run(sampler, loss, cfg.tensorboard)
+        self.finish(loop)
+
+    def _snapshot(self, folder: Path) -> Path:
+        """Write the world that the checkpoints make now."""
+        cfg = self.cfg
+        done = {name: self.averaged(name) for name in ("codec", "dynamics", "outcome")}
+        if not done["dynamics"]:
+            raise ConfigError("nothing to take a snapshot of", given=str(self.work),
+                              expected="the folder of a run whose dynamics train",
+                              fix="train first: the same command without --snapshot")
+        self.normalise(self._any, np.arange(self.ends[-1]))
+        now = self.nano.cfg
+        if done["dynamics"] <= int(cfg.alone_share * cfg.dynamics_iterations):
+            now = replace(now, dynamics=replace(now.dynamics, window=1))
+        if not done["outcome"]:  # untrained heads end half of the players in every step
+            now = replace(now, end_scale=0.0)
+        made = PartyNano(now)
+        made.load_state_dict(self.nano.state_dict())
+        self._write(folder, made.eval(), done)
+        return folder
+
+    def _write(self, folder: Path, made: PartyNano, iterations: dict | None = None) -> None:
+        cfg = self.cfg
+        count = min(cfg.starts, 8) if cfg.quick else cfg.starts
+        folder.mkdir(parents=True, exist_ok=True)
+        StartBank.joined([StartBank.build(
+            store, made.codec.encode, self.train_ids[game], count, seed=cfg.seed + number,
+            context=max(1, made.cfg.dynamics.window - 1), view=self.view, game=number,
+            states=partial(recorded_states, store, facing=made.cfg.dynamics.subjects.facing))
+            for number, (game, store) in enumerate(self.stores.items())]).save(
+                folder / "starts.safetensors")
+        card: dict[str, Any] = {"task": {"horizon": cfg.horizon},
+                                "provenance": self._provenance(iterations)}
+        party_nano.save(made, folder, card)
+        if cfg.measure:
+            world = party_nano.load(folder, self.group.device)
+            card["metrics"] = measure_party(
+                world, self.stores, self.held_ids, view=self.view, seed=cfg.seed,
+                cells=made.cfg.cells, clips=8 if cfg.quick else 64)
+            party_nano.save(made, folder, card)
+
+    def _provenance(self, iterations: dict | None) -> dict:
+        cfg = self.cfg
+        return {
+            "command": command(cfg, "worldgym fit-party"), "config": asdict(cfg), "seed": cfg.seed,
+            "real_steps_used": {k: int(v.steps) for k, v in self.stores.items()},
+            "episodes": {k: len(v) for k, v in self.stores.items()},
+            "policies": {k: dict(Counter(v.policies)) for k, v in self.stores.items()},
+            "env": {k: v.env for k, v in self.stores.items()},
+            "training_seconds": self.seconds, "processes": self.group.size,
+            "machine": machine(self.group.device), "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d")} | ({"iterations": iterations} if iterations else {})
+
+
+def fit_party(cfg: FitPartyConfig) -> Path:
+    """Fit a party world; see ``FitPartyConfig``. Returns the world folder."""
+    group = Group.from_env(cfg.device)
+    try:
+        return FitParty(cfg, group).run()
+    finally:
+        group.close()
