@@ -8,17 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from worldgym.agents import commands_party as party
 from worldgym.agents.commands_binding import Binding, LearnTiles
 from worldgym.agents.commands_clip import Clip
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
-from worldgym.agents.commands_party import (
-    CollectParty,
-    FitParty,
-    Rollout,
-    ScoreParty,
-    TrainParty,
-)
 from worldgym.agents.commands_report import Report
 from worldgym.agents.commands_wham import Convert, Dream
 from worldgym.agents.ladder import named
@@ -374,9 +368,10 @@ class Iterate:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
     "inspect": Inspect, "convert": Convert, "dream": Dream, "demo": Demo, "iterate": Iterate,
-    "evaluate": Evaluate, "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
-    "fit-party": FitParty, "train-party": TrainParty, "score-party": ScoreParty,
-    "rollout": Rollout, "binding": Binding, "tiles": LearnTiles, "clip": Clip,
+    "evaluate": Evaluate, "diagnose": Diagnose, "report": Report,
+    "collect-party": party.CollectParty, "fit-party": party.FitParty,
+    "train-party": party.TrainParty, "score-party": party.ScoreParty, "rollout": party.Rollout,
+    "binding": Binding, "tiles": LearnTiles, "clip": Clip,
 }
 
 

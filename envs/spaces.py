@@ -65,11 +65,12 @@ def action_space(spec: ActionSpec, frames: int | None = None, flat: bool = False
     if spec.parts and not flat:
         shown: dict[str, spaces.Space] = {}
         at = 0
-        low, high = (np.asarray(bound, np.float32) for bound in (spec.low, spec.high))
+        lowest: np.ndarray = np.asarray(spec.low, np.float32)
+        highest: np.ndarray = np.asarray(spec.high, np.float32)
         for name, kind, count in spec.parts:
             part = slice(at, at + count)
             shown[name] = spaces.MultiBinary(count) if kind == "multi_binary" else spaces.Box(
-                low[part], high[part], dtype=np.float32)
+                lowest[part], highest[part], dtype=np.float32)
             at += count
         single: spaces.Space = spaces.Dict(shown)
         return single if frames is None else batch_space(single, frames)

@@ -119,7 +119,8 @@ class PartySampler:
         order = rng.permuted(np.tile(np.arange(self.slots), (self.batch, 1)), axis=1)
         chosen = rng.random(self.batch) < self.eventful if self.eventful else np.zeros(
             self.batch, bool)
-        game, place, order, chosen = (x[self.part] for x in (game, place, order, chosen))
+        mine = self.part
+        game, place, order, chosen = game[mine], place[mine], order[mine], chosen[mine]
         rows = np.stack([self._rows(g, p, e) for g, p, e in zip(game, place, chosen, strict=True)])
         out = self._read(game, rows)
         if self.eventful:

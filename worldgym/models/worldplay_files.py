@@ -146,7 +146,8 @@ class WorldPlayFolder:
             if key not in held:
                 held[key] = torch.zeros(tensor.shape, device=device, dtype=dtype)
         dit.load_state_dict(held, strict=True, assign=True)
-        dit.action_embedding[0].reset_parameters()  # its output layer stays zero, it can learn
+        first: Any = dit.action_embedding[0]
+        first.reset_parameters()  # the output layer stays zero, so that it can learn
         return dit.eval().requires_grad_(False)
 
     def load_autoencoder(self, *, device: torch.device | str = "cpu",
