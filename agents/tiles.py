@@ -159,7 +159,7 @@ class Tiles:
         judge, tiles = self.of(game), self._cut(frames_BHWC).flatten(3)
         out = np.zeros((*np.shape(valid_BN), *CELLS_HW), np.float32)
         taken = np.flatnonzero(np.asarray(valid_BN).any(0))
-        most = (int(taken.max(initial=-1)) + 1) if judge.match else SLOTS
+        most = int(taken.max(initial=0)) + 1 if judge.match else SLOTS
         valid = torch.as_tensor(valid_BN)[:, :most]
         cells = CELLS_HW[0] * CELLS_HW[1]
         for i in range(0, len(tiles), 64):
