@@ -35,7 +35,10 @@ def film(kept: Mapping[str, tuple[Clips, Rolled]], path: str | Path, fps: float 
     picture = np.concatenate([np.concatenate([strip[f] for f in moments], 1)
                               for strip in strips], 0)
     still = path.with_suffix(".png")
-    _write_png(still, picture[::2, ::2])
+    half = (picture.shape[1] // 2, picture.shape[0] // 2)
+    cv2 = _opencv()
+    small = cv2.resize(picture, half, interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(still), np.ascontiguousarray(small[..., ::-1]))
     return [path, still]
 
 
@@ -78,10 +81,6 @@ def _grid(panels: Sequence[np.ndarray]) -> np.ndarray:
             pair.append(np.zeros_like(pair[0]))
         rows.append(np.concatenate(pair, 1))
     return np.concatenate(rows, 0)
-
-
-def _write_png(path: Path, picture: np.ndarray) -> None:
-    _opencv().imwrite(str(path), np.ascontiguousarray(picture[..., ::-1]))
 
 
 def _opencv():  # type: ignore[no-untyped-def]

@@ -124,7 +124,7 @@ class Binding:
 
 
 def _named(texts: Iterable[str], taken: dict[str, Any]) -> list[tuple[str, str]]:
-    made = []
+    made: list[tuple[str, str]] = []
     for text in texts:
         name, equals, folder = text.partition("=")
         if not equals or not folder or name in taken or name in dict(made) or "/" in name:

@@ -158,7 +158,8 @@ class Tiles:
         """Chance (B, N, R, C) that a cell shows a player where that is the likeliest, else 0."""
         judge, tiles = self.of(game), self._cut(frames_BHWC).flatten(3)
         out = np.zeros((*np.shape(valid_BN), *CELLS_HW), np.float32)
-        most = len(np.trim_zeros(np.asarray(valid_BN).any(0), "b")) if judge.match else SLOTS
+        taken = np.flatnonzero(np.asarray(valid_BN).any(0))
+        most = (int(taken.max(initial=-1)) + 1) if judge.match else SLOTS
         valid = torch.as_tensor(valid_BN)[:, :most]
         cells = CELLS_HW[0] * CELLS_HW[1]
         for i in range(0, len(tiles), 64):

@@ -73,8 +73,8 @@ def dream_batch(world: Any, how: Dreaming, clips: Sequence[wham_npz.Clip],
     b, f = frames_BF.shape[:2]
     flat = frames_BF.reshape(b * f, *frames_BF.shape[2:])
     ids = torch.cat([world.encode(frame[None]) for frame in flat])
-    seen = torch.cat([world.decode(ids[i:i + CHUNK]) for i in range(0, b * f, CHUNK)])
-    seen = seen.view(b, f, *seen.shape[1:]).cpu().numpy()
+    again = torch.cat([world.decode(ids[i:i + CHUNK]) for i in range(0, b * f, CHUNK)])
+    seen = again.view(b, f, *again.shape[1:]).cpu().numpy()
     led = np.zeros((b, t, wham_actions.COUNT), np.int64)
     led[:, 1:] = given_BFA[:, :t - 1]
     null = np.zeros((b, t), bool)

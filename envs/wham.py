@@ -136,8 +136,8 @@ def load_wham(model: str | Path | None = None, *, starts: Any = None, context: i
         if not pairs:
             raise ConfigError("no start", given="an empty list", expected="at least one",
                               fix="leave starts out, or give frames")
-        bank = WhamStarts(world, [own if isinstance(own, Past) else Past.checked(*own, hw, most)
-                                  for own in pairs])
+        bank = WhamStarts(world, [own if isinstance(own, Past) else
+                                  Past.checked(own[0], own[1], hw, most) for own in pairs])
     return Task(world=world, starts=bank, name=ID, **(task or {}))
 
 
