@@ -18,7 +18,8 @@ from worldgym.agents.scripted import parse_policy
 from worldgym.agents.wham_dream import Dreaming, dream, dream_batch
 from worldgym.agents.wham_policy import wham_policy
 from worldgym.data import wham_npz
-from worldgym.envs.wham import load_wham, wham
+from worldgym.envs.tasks import load_task
+from worldgym.envs.wham import wham
 from worldgym.errors import CheckpointError, ConfigError, DatasetError
 from worldgym.models import wham_actions, wham_checkpoint
 from worldgym.models.sampling import Sampling
@@ -69,7 +70,7 @@ def test_the_policy_plays_wherever_policies_do(file):
     def one(chunk):
         return np.ones(len(chunk.slots))
 
-    task = load_wham(file, task={"horizon": 3, "reward": one})
+    task = load_task(file, horizon=3, reward=one)
     names = (f"wham:{file},temperature=0.5", f"noisy:0.5:wham:{file}", "random")
     policies = [parse_policy(n, task.world.spec.action, task.world, task) for n in names]
     played = dream_block(task, policies, [0, 1], [5, 6], seed=0, course=Course())
