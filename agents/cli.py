@@ -33,6 +33,7 @@ def parse(argv: Sequence[str] | None = None) -> object:
         args.insert(1, "--path")  # `worldgym inspect FOLDER`
     if args[:1] == ["bench"] and len(args) > 1 and not args[1].startswith("-"):
         args.insert(1, "--world")  # `worldgym bench scope`
+    args = together(args, _lists(commands.COMMANDS.get(args[0])) if args else ())
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -47,6 +48,45 @@ def parse(argv: Sequence[str] | None = None) -> object:
     raise CommandError("the command line makes no sense", given=text,
                        expected=f"worldgym {{{','.join(commands.COMMANDS)}}} with its options",
                        fix="worldgym COMMAND --help shows every option")
+
+
+def _lists(command: object) -> tuple[str, ...]:
+    """Options of a command that take any number of values."""
+    kinds = getattr(command, "__annotations__", {})
+    return tuple("--" + name.replace("_", "-") for name, kind in kinds.items()
+                 if str(kind).startswith("tuple[") and "..." in str(kind))
+
+
+def together(args: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """``args`` with the values of an option that is given several times in one place.
+
+    argparse would keep the last ones only, without a word.
+
+    >>> together(["x", "--policy", "a", "--seed", "1", "--policy", "b", "c"], ["--policy"])
+    ['x', '--policy', 'a', 'b', 'c', '--seed', '1']
+    """
+    groups: list[list[str]] = [[]]
+    places: dict[str, list[str]] = {}
+    for arg in args:
+        name, equals, value = arg.partition("=") if arg.startswith("--") else (arg, "", "")
+        name = name.replace("_", "-") if name.startswith("--") else name
+        if name in lists:
+            if name not in places:
+                places[name] = [name]
+                groups.append(places[name])
+            groups.append(places[name])  # where values go until the next option
+            places[name] += [value] if equals else []
+        elif arg.startswith("--"):
+            groups.append([arg])
+        else:
+            groups[-1].append(arg)
+    seen: list[int] = []
+    out: list[str] = []
+    for group in groups:
+        if id(group) not in seen:
+            seen.append(id(group))
+            out += group
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:

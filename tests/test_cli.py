@@ -26,6 +26,18 @@ def run(capsys, *argv):
     return code, out.out, out.err
 
 
+def test_an_option_given_twice_keeps_all_its_values():
+    from worldgym.agents.cli import parse
+
+    command = parse(["evaluate", "--policy", "a.zip", "--real", "--policy", "b.py:make", "random",
+                     "--policy=noop", "--episodes", "3"])
+    assert command.policy == ("a.zip", "b.py:make", "random", "noop")
+    assert command.real and command.episodes == 3
+    assert parse(["train", "--set", "gamma=0.9", "--seed", "1", "--set", "n_epochs=4"]).set == (
+        "gamma=0.9", "n_epochs=4")
+    assert parse(["evaluate", "--policy", "x"]).policy == ("x",)
+
+
 def test_help_names_every_command():
     out = subprocess.run([sys.executable, "-m", "worldgym.agents.cli", "--help"], cwd=ROOT,
                          capture_output=True, text=True)
