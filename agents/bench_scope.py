@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -239,15 +240,37 @@ def real() -> ScopeDiT:
 
 def counted() -> list[Row]:
     """Work and memory at the real size."""
-    dit, what, hw = real(), "real-config", (HW[0] // 16, HW[1] // 16)
+    dit, hw = real(), (HW[0] // 16, HW[1] // 16)
     vae = WanVAE(torch.nn.Module.to(WanVAE.build(REAL_VAE), torch.bfloat16))
     rows: list[Row] = []
 
     def add(metric: str, value: float, unit: str, note: str) -> None:
-        rows.append(Row(what=what, metric=metric, value=value, unit=unit, note=note))
+        rows.append(Row(what="real-config", metric=metric, value=value, unit=unit, note=note))
 
     clip = inputs(dit, CLIP, hw)
-    size = f"{HW[0]}x{HW[1]}, 81 frames, one clip"
+    pass_peak = _passes(add, dit, clip)
+    codec = _codec(add, vae, hw)
+    _env_steps(add, dit, hw, codec)
+    _memory(add, dit, vae, clip, pass_peak, codec.peak)
+    return rows
+
+
+Add = Callable[[str, float, str, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Codec:
+    """FLOPs of the autoencoder for a latent frame, and the bytes that decoding one holds."""
+
+    encode: float
+    first: float
+    later: float
+    peak: float
+
+
+def _passes(add: Add, dit: ScopeDiT, clip: dict[str, Any]) -> float:
+    """A network pass over a whole clip in both orders; returns the bytes that ours holds."""
+    size, peak = f"{HW[0]}x{HW[1]}, 81 frames, one clip", 0.0
     for name, call in (("", our_pass), ("_published_order", published)):
         add(f"tflop_per_pass{name}", flops(lambda call=call: call(dit, clip)) / 1e12,  # type: ignore[misc]
             "TFLOP", f"{size}; one network pass with actions")
@@ -258,17 +281,23 @@ def counted() -> list[Row]:
             peak = seen.peak
     once = flops(lambda: dit.text(clip["context"]))
     add("tflop_per_prompt", once / 1e12, "TFLOP", "keys and values of a text, once per prompt")
+    return peak
 
+
+def _codec(add: Add, vae: WanVAE, hw: tuple[int, int]) -> _Codec:
     picture = torch.empty(1, 3, 1, *HW, dtype=torch.bfloat16, device="meta")
     latents = [torch.empty(1, 48, 1, *hw, dtype=torch.bfloat16, device="meta")] * 2
-    encode = flops(lambda: vae.encode(picture))
-    first = flops(lambda: vae.decode_next(latents[0]))
     _, stream = vae.decode_next(latents[0])
-    later = flops(lambda: vae.decode_next(latents[1], stream))
-    decode_peak = traffic(lambda: vae.decode_next(latents[1], stream)).peak
-    for name, value in (("encode_picture", encode), ("decode_first", first),
-                        ("decode_later", later)):
+    found = _Codec(flops(lambda: vae.encode(picture)), flops(lambda: vae.decode_next(latents[0])),
+                   flops(lambda: vae.decode_next(latents[1], stream)),
+                   traffic(lambda: vae.decode_next(latents[1], stream)).peak)
+    for name, value in (("encode_picture", found.encode), ("decode_first", found.first),
+                        ("decode_later", found.later)):
         add(f"tflop_{name}", value / 1e12, "TFLOP", "autoencoder, one latent frame")
+    return found
+
+
+def _env_steps(add: Add, dit: ScopeDiT, hw: tuple[int, int], codec: _Codec) -> None:
     for new in NEW_FRAMES:
         frames = new // 4 + 1
         given = inputs(dit, frames, hw)
@@ -278,29 +307,32 @@ def counted() -> list[Row]:
                         for call in (our_pass, published))
         each = [traffic(lambda call=call, given=given: call(dit, given)).moved  # type: ignore[misc]
                 for call in (our_pass, published)]
-        codec = first + (frames - 1) * later + encode
+        pictures = codec.first + (frames - 1) * codec.later + codec.encode
         for passes in PASSES:
             note = (f"{new} new frames, {passes} network passes (two per step with guidance), "
                     "decoding and encoding included")
-            add(f"tflop_per_env_step_{new}_{passes}", (passes * ours + heard + codec) / 1e12,
+            add(f"tflop_per_env_step_{new}_{passes}", (passes * ours + heard + pictures) / 1e12,
                 "TFLOP", note)
             add(f"tflop_per_env_step_{new}_{passes}_published_order",
-                (passes * theirs + codec) / 1e12, "TFLOP", note)
+                (passes * theirs + pictures) / 1e12, "TFLOP", note)
             for name, moved in zip(("", "_published_order"), each, strict=True):
                 add(f"gb_moved_per_env_step_{new}_{passes}{name}", passes * moved / 1e9, "GB",
                     f"{note.split(', dec')[0]}; network passes alone")
+
+
+def _memory(add: Add, dit: ScopeDiT, vae: WanVAE, clip: dict[str, Any], pass_peak: float,
+            decode_peak: float) -> None:
     codec_bytes = sum(p.numel() * p.element_size() for p in vae.net.parameters())
     text = 2 * sum(x.numel() * x.element_size() for kv in clip["text_kv"] for x in kv)
     for name, away in (("offload", True), ("resident", False)):
         device, host = resident_bytes(dit, away)
-        work = max(peak, decode_peak)
+        work = max(pass_peak, decode_peak)
         note = (f"weights {device / 1e9:.2f} GB, autoencoder {codec_bytes / 1e9:.2f}, two prompts "
                 f"{text / 1e9:.2f}, activations {work / 1e9:.2f} (larger of a pass over 81 frames "
-                f"{peak / 1e9:.2f} and decoding a latent frame {decode_peak / 1e9:.2f}); text "
+                f"{pass_peak / 1e9:.2f} and decoding a latent frame {decode_peak / 1e9:.2f}); text "
                 "encoder let go; no allocator overhead; bfloat16")
         add(f"device_gb_{name}", (device + codec_bytes + text + work) / 1e9, "GB", note)
         add(f"host_gb_{name}", host / 1e9, "GB", "blocks that rest in host memory")
-    return rows
 
 
 # -- timing at a tiny size ------------------------------------------------------------------------

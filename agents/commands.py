@@ -8,19 +8,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from worldgym.agents import commands_party as party
 from worldgym.agents.commands_binding import Binding, LearnTiles
 from worldgym.agents.commands_clip import Clip
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
-from worldgym.agents.commands_party import (
-    CollectParty,
-    FitParty,
-    Rollout,
-    ScoreParty,
-    TrainParty,
-)
 from worldgym.agents.commands_report import Report
-from worldgym.agents.commands_wham import Convert
+from worldgym.agents.commands_wham import Convert, Dream
 from worldgym.agents.ladder import named
 from worldgym.errors import ConfigError
 
@@ -140,6 +134,7 @@ class Train:
         init: agent.zip whose weights the training begins with.
         set: hyperparameters of the algorithm, as name=value.
         real: train in the real game instead, for comparison.
+        right_to_train: you state that you hold this right, which the published licence denies.
     """
 
     out: Path
@@ -160,6 +155,7 @@ class Train:
     init: Path | None = None
     set: tuple[str, ...] = ()
     real: bool = False
+    right_to_train: bool = False
 
     def run(self) -> None:
         """Train."""
@@ -172,17 +168,15 @@ class Train:
             seed=self.seed, observation=self.observation, frame_stack=self.frame_stack,
             save_every=self.save_every, init=None if self.init is None else str(self.init),
             hyperparameters=settings(self.set))
-        changes: dict[str, Any] = {"distrust": self.distrust, "penalty": self.penalty,
-                                   "hazard": self.hazard}
-        if self.horizon is not None:
-            changes["horizon"] = self.horizon
+        changes: dict[str, Any] = {n: getattr(self, n) for n in ("distrust", "penalty", "hazard")}
+        changes |= {} if self.horizon is None else {"horizon": self.horizon}
         task = load_task(self.world, temperature=self.temperature, **changes)
         if self.real:
             spec = task.world.spec
             done = train.train_in_game(game_maker(task), spec.action, spec.frame_hw, config,
                                        self.out, name=str(task.twin), world=task.world)
         else:
-            done = train.train_in_dream(task, config, self.out)
+            done = train.train_in_dream(task, config, self.out, right_to_train=self.right_to_train)
         print(f"{done.steps} steps in {done.seconds:.0f} s; agent written to {done.agent}")
 
 
@@ -373,10 +367,11 @@ class Iterate:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "collect": Collect, "fit": Fit, "train": Train, "score": Score, "video": Video, "bench": Bench,
-    "inspect": Inspect, "convert": Convert, "demo": Demo, "iterate": Iterate,
-    "evaluate": Evaluate, "diagnose": Diagnose, "report": Report, "collect-party": CollectParty,
-    "fit-party": FitParty, "train-party": TrainParty, "score-party": ScoreParty,
-    "rollout": Rollout, "binding": Binding, "tiles": LearnTiles, "clip": Clip,
+    "inspect": Inspect, "convert": Convert, "dream": Dream, "demo": Demo, "iterate": Iterate,
+    "evaluate": Evaluate, "diagnose": Diagnose, "report": Report,
+    "collect-party": party.CollectParty, "fit-party": party.FitParty,
+    "train-party": party.TrainParty, "score-party": party.ScoreParty, "rollout": party.Rollout,
+    "binding": Binding, "tiles": LearnTiles, "clip": Clip,
 }
 
 

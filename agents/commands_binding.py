@@ -69,6 +69,16 @@ class Binding:
     video: Path | None = None
     seed: int = 0
 
+    def _rollers(self) -> dict[str, Any]:
+        """What is measured, by name."""
+        from worldgym.agents import binding
+
+        rollers: dict[str, Any] = {"real": binding.recorded, "copy": binding.copied}
+        rollers |= binding.dreams(self.world, self.seed)
+        for name, folder in _named(self.baseline, rollers):
+            rollers[name] = binding.dreams(folder, self.seed)["model"]
+        return rollers
+
     def run(self) -> None:
         """Measure."""
         from worldgym.agents import binding
@@ -81,11 +91,8 @@ class Binding:
         if min(self.steps) < 1 or self.clips < 1:
             raise ConfigError("impossible measurement", given=f"steps {self.steps}, "
                               f"{self.clips} clips", expected="1 or more", fix="leave them out")
-        rollers: dict[str, Any] = {"real": binding.recorded, "copy": binding.copied}
-        rollers |= binding.dreams(self.world, self.seed)
+        rollers = self._rollers()
         model = rollers["model"]
-        for name, folder in _named(self.baseline, rollers):
-            rollers[name] = binding.dreams(folder, self.seed)["model"]
         stores = open_party(self.data)
         names = self.games or tuple(g for g in stores if g in model.games)
         if not names or set(names) - set(stores):

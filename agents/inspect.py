@@ -50,6 +50,11 @@ def _folder(path: Path) -> str:
     scope = scope_files.find(path)
     if scope is not None:
         return _lines(f"SCOPE, the published FPS world model, in {path}", _flat(scope.facts()))
+    from worldgym.models import worldplay_files
+
+    play = worldplay_files.find(path)
+    if play is not None:
+        return _lines(f"WorldPlay (HY-World 1.5), as published, in {path}", _flat(play.facts()))
     raise CheckpointError("nothing that worldgym wrote or knows", given=path,
                           expected="a world, a training, a data set or published weights",
                           fix="give the folder that holds world.json, run.json, index.json or "

@@ -147,7 +147,7 @@ def _number(text: str, name: str, kind: type = float) -> float:
 EXAMPLES = {"random": "random", "noop": "noop", "constant": "constant:1", "sticky": "sticky:0.2",
             "sweep": "sweep:20", "dodger": "dodger",
             "noisy": "noisy:0.1:dodger", "cem": "cem:horizon=12,n=64",
-            "shooting": "shooting:horizon=12,n=64"}
+            "shooting": "shooting:horizon=12,n=64", "wham": "wham:FILE"}
 
 _TABLE: dict[str, Callable[[ActionSpec, str | None], Policy]] = {
     "random": lambda a, _: Random(a),
@@ -166,7 +166,8 @@ def parse_policy(name: str, action: ActionSpec, world: object | None = None,
     Args:
         name: ``random``, ``noop``, ``constant:1``, ``sticky:0.2``, ``sweep:20``, ``dodger``,
             ``noisy:0.1:POLICY``, ``cem:horizon=12,n=64`` and ``shooting:horizon=12,n=64``
-            (settings: ``worldgym.agents.planner.PlanConfig``), a trained ``model.zip``, or
+            (settings: ``worldgym.agents.planner.PlanConfig``), ``wham:FILE`` (WHAM's behaviour
+            mode, ``worldgym.agents.wham_policy``), a trained ``model.zip``, or
             ``module:function`` or ``path/to/file.py:function`` (called with the action spec).
         action: the game's actions.
         world: a world (or a function that makes one), needed to encode frames for a policy that
@@ -186,6 +187,10 @@ def parse_policy(name: str, action: ActionSpec, world: object | None = None,
         from worldgym.agents.planner import parse_planner
 
         return parse_planner(name, action, world, task)
+    if head == "wham" and tail:
+        from worldgym.agents.wham_policy import parse_wham
+
+        return parse_wham(name, action, world)
     if name.endswith(".zip"):
         from worldgym.agents.model import load_agent
 

@@ -74,9 +74,9 @@ def draw_pairs(store: Episodes, ids: Sequence[int] | np.ndarray, count: int,
     which = np.searchsorted(ends, pick, side="right")
     rows = store.starts[ids[which]] + pick - (ends[which] - lengths[which])
     both = np.stack([rows, rows + 1], 1)
-    frames = [in_size(store.take("frames", r), cell_px) for r in both.T]
+    before, after = (in_size(store.take("frames", r), cell_px) for r in both.T)
     alive = store.take("info_alive", both)
-    return Pairs(*frames, cells_of(store.take("info_position", both)),
+    return Pairs(before, after, cells_of(store.take("info_position", both)),
                  np.maximum(store.take("info_orientation", both), 0).astype(np.int64), alive,
                  store.take("actions", rows + 1).astype(np.int64),
                  store.take("info_valid", rows), ids[which])

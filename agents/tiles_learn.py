@@ -64,7 +64,8 @@ class _Lesson:
                  rng: np.random.Generator) -> None:
         self.judge, self.pairs, self.cfg, self.rng = judge, pairs, cfg, rng
         self.generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        self.count = int(pairs.valid_BN.any(0).nonzero()[0].max()) + 1  # slots that are ever taken
+        taken = np.flatnonzero(np.asarray(pairs.valid_BN).any(0))
+        self.count = int(taken.max()) + 1  # slots that are ever taken
         alive = pairs.alive_BFN[:, 1]
         b, n = np.nonzero(alive)
         x, y = pairs.cells_BFN2[b, 1, n].T

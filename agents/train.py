@@ -110,8 +110,16 @@ class Trained:
     seconds: float
 
 
-def train_in_dream(task: Any, config: TrainConfig, folder: str | Path) -> Trained:
+def train_in_dream(task: Any, config: TrainConfig, folder: str | Path, *,
+                   right_to_train: bool = False) -> Trained:
     """Train inside ``task``'s world only; the real game is never touched.
+
+    Args:
+        task: what to train on.
+        config: how.
+        folder: where the run is kept.
+        right_to_train: you state that you hold the right to train on this world's outputs though
+            its licence as published forbids it; the run's facts say so.
 
     Raises:
         LicenceError: the world's licence does not allow training on its outputs.
@@ -120,10 +128,11 @@ def train_in_dream(task: Any, config: TrainConfig, folder: str | Path) -> Traine
     from worldgym.errors import LicenceError
 
     licence = task.world.spec.licence
-    if not licence.may_train_on_outputs:
+    if not licence.may_train_on_outputs and not right_to_train:
         raise LicenceError("agents may not be trained on this world's outputs",
                            given=licence.name, expected="a licence that allows it",
-                           fix="train a world of your own with `worldgym fit`")
+                           fix="train a world of your own with `worldgym fit`, or state that you "
+                           "hold the right (right_to_train=True, --right-to-train)")
 
     def make() -> Any:
         return DreamVecEnv(task, config.envs, observation=config.observation,
@@ -134,6 +143,8 @@ def train_in_dream(task: Any, config: TrainConfig, folder: str | Path) -> Traine
              "distrust": task.distrust, "penalty": task.penalty,
              "hazard": task.hazard, "forks": task.forks,
              "world": str(getattr(task.world, "fingerprint", task.world.spec.name))}
+    if not licence.may_train_on_outputs:
+        facts["right_to_train"] = f"stated by the user; {licence.name} as published forbids it"
     return train(make, config, folder, facts)
 
 

@@ -160,8 +160,9 @@ def panel(frame_HWC: np.ndarray, label: str, dim: bool = False) -> np.ndarray:
     return np.concatenate([bar, big], axis=0)
 
 
-def write(path: str | Path, frames: Sequence[np.ndarray], fps: float) -> Path:
-    """Write frames as H.264 mp4."""
+def write(path: str | Path, frames: Sequence[np.ndarray], fps: float,
+          options: Sequence[str] = ()) -> Path:
+    """Write frames as H.264 mp4; ``options``: further ones of ffmpeg's output."""
     try:
         import imageio_ffmpeg
     except ImportError as error:
@@ -172,7 +173,8 @@ def write(path: str | Path, frames: Sequence[np.ndarray], fps: float) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = frames[0].shape[0] // 2 * 2, frames[0].shape[1] // 2 * 2
     writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2,
-                                         codec="libx264", quality=7, ffmpeg_log_level="error")
+                                         codec="libx264", quality=7, ffmpeg_log_level="error",
+                                         output_params=list(options))
     writer.send(None)
     for frame in frames:
         writer.send(np.ascontiguousarray(frame[:height, :width]))

@@ -380,9 +380,8 @@ class Suite:
             from stable_baselines3.common.env_checker import check_env
         except ImportError:
             raise NotSeen("stable-baselines3 is not installed") from None
-        action_space = self.env.action_space
-        if isinstance(action_space, spaces.Dict) or getattr(action_space, "nvec", np.ones(1)
-                                                            ).ndim != 1:
+        kind = self.env.action_space
+        if isinstance(kind, spaces.Dict) or getattr(kind, "nvec", np.ones(1)).ndim != 1:
             raise NotSeen("SB3 has no use for Dict actions or matrices of discrete ones")
         with warnings.catch_warnings():
             warnings.simplefilter("error")

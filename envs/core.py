@@ -280,7 +280,8 @@ class DreamCore:
             fresh = frames[picks, last]
         else:
             latents = spaces.to_numpy(chunk.latents_BFChw)
-            fresh = latents[picks, last * latents.shape[1] // self.frames]
+            fresh = latents[picks, last * latents.shape[1] // self.frames].astype(
+                np.float32, copy=False)  # ids are whole numbers
             if not np.isfinite(fresh).all():
                 raise NotFiniteError("the world dreamt a latent that is not finite",
                                      given=f"step {batch.length_B.tolist()[:8]}",

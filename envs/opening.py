@@ -87,8 +87,10 @@ class Opening:
         """
         seed_n, episode_n = self._keys(old, slots, seeds)
         size = self.task.world.spec.frame_hw
+        # a bank may know starts of more than an image; such have ``frames_KHWC``
+        check = getattr(self.task.starts, "check_own", spaces.check_frame)
         images = [None] * len(slots) if frames is None else [
-            None if f is None else spaces.check_frame(f, size) for f in frames]
+            None if f is None else check(f, size) for f in frames]
         given = np.array([f is not None for f in images])
         index_n = self._start_indices(seed_n, episode_n, starts)
         world, bank = self.task.world, self.task.starts
@@ -102,7 +104,8 @@ class Opening:
             state = world.restart(old.world, slots.tolist(), source, seed_list, episode_list)
         stack_n = self._first_stack(source, index_n)
         if given.any():
-            own = bank.encode_frames(world, np.stack([f for f in images if f is not None]))
+            told = [f for f in images if f is not None]
+            own = bank.encode_frames(world, np.stack(told) if check is spaces.check_frame else told)
             if texts is not None:
                 own = bank.tell(own, [t for t, mine in zip(texts, given, strict=True) if mine])
             state = world.restart(state, slots[given].tolist(), own, seed_n[given].tolist(),
@@ -167,12 +170,17 @@ class Opening:
         return np.concatenate([shown[:, j] for j in range(k)], axis=-1)
 
     def _own_stack(self, own: Any, images: list) -> np.ndarray:
+        k = int(self.view.frame_stack)
         if self.view.observation == "frame":
-            newest = np.stack([f for f in images if f is not None])
+            pasts = [getattr(f, "frames_KHWC", [f]) for f in images if f is not None]
+            columns = [np.stack([past[max(len(past) - k + j, 0)] for past in pasts])
+                       for j in range(k)]
         else:
-            newest = spaces.to_numpy(own.latents_BKChw)[:, -1]
-        axis = spaces.stack_axis(self.view.observation)
-        return np.concatenate([newest] * int(self.view.frame_stack), axis=axis)
+            latents, length_n = spaces.to_numpy(own.latents_BKChw), own.length_B
+            depth = latents.shape[1]
+            columns = [latents[np.arange(len(latents)), np.maximum(depth - k + j, depth - length_n)]
+                       .astype(np.float32) for j in range(k)]
+        return np.concatenate(columns, axis=spaces.stack_axis(self.view.observation))
 
     def _with_rows(self, old: CoreState | None, world: Any, slots: np.ndarray, stack_n: np.ndarray,
                    seed_n: np.ndarray, episode_n: np.ndarray) -> CoreState:

@@ -74,16 +74,19 @@ class ScopeStarts:
         return self._starts(world.encode(frames), [{"prompt": self.prompts[0]}] * len(frames))
 
     def tell(self, starts: Any, texts: Sequence[dict | None]) -> Any:
-        """The starts with the texts that are given instead of their own."""
+        """The starts with the texts that are given instead of their own.
+
+        A negative prompt has no effect at guidance 1, where none is used.
+        """
         import torch
 
         context, negative = starts.context_BLD.clone(), starts.negative_BLD
         negative = None if negative is None else negative.clone()
         for name, held in (("prompt", context), ("negative_prompt", negative)):
-            told = {i: t[name] for i, t in enumerate(texts) if t and t.get(name) is not None}
-            known = self.contexts([check_text(name, t) for t in told.values()])
-            if held is not None:
-                for i, text in zip(told, known, strict=True):
+            told = {i: check_text(name, t[name]) for i, t in enumerate(texts)
+                    if t and t.get(name) is not None}
+            if held is not None:  # at guidance 1 there is no negative prompt
+                for i, text in zip(told, self.contexts(list(told.values())), strict=True):
                     held[i] = torch.as_tensor(text)
         return replace(starts, context_BLD=context, negative_BLD=negative)
 

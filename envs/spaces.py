@@ -64,11 +64,13 @@ def action_space(spec: ActionSpec, frames: int | None = None, flat: bool = False
     """
     if spec.parts and not flat:
         shown: dict[str, spaces.Space] = {}
-        low, high, at = np.float32(spec.low), np.float32(spec.high), 0
+        at = 0
+        lowest: np.ndarray = np.asarray(spec.low, np.float32)
+        highest: np.ndarray = np.asarray(spec.high, np.float32)
         for name, kind, count in spec.parts:
             part = slice(at, at + count)
             shown[name] = spaces.MultiBinary(count) if kind == "multi_binary" else spaces.Box(
-                low[part], high[part], dtype=np.float32)
+                lowest[part], highest[part], dtype=np.float32)
             at += count
         single: spaces.Space = spaces.Dict(shown)
         return single if frames is None else batch_space(single, frames)
@@ -79,9 +81,9 @@ def action_space(spec: ActionSpec, frames: int | None = None, flat: bool = False
     elif spec.kind == "multi_binary":
         single = spaces.MultiBinary(spec.shape[0] if len(spec.shape) == 1 else list(spec.shape))
     else:
-        low = np.asarray(spec.low, np.float32).reshape(spec.shape)
-        high = np.asarray(spec.high, np.float32).reshape(spec.shape)
-        single = spaces.Box(low, high, dtype=np.float32)
+        single = spaces.Box(np.asarray(spec.low, np.float32).reshape(spec.shape),
+                            np.asarray(spec.high, np.float32).reshape(spec.shape),
+                            dtype=np.float32)
     return single if frames is None else batch_space(single, frames)
 
 

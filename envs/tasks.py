@@ -135,7 +135,8 @@ def load_task(name: str | Path, *, device: str = "cpu", temperature: float | Non
 
     Args:
         name: an id from ``TASKS`` or a folder with world.safetensors, world.json and
-            starts.safetensors; the json's "task" entry may give horizon and twin.
+            starts.safetensors; the json's "task" entry may give horizon and twin. Or a WHAM file
+            (``worldgym.envs.wham.load_wham`` takes its starts, too).
         device: torch device of the world.
         temperature: of the sampler's noise; None: the world's own. Above it, dreams are harder:
             agents find fewer faults to live on (Ha and Schmidhuber, 2018, section 4).
@@ -144,6 +145,11 @@ def load_task(name: str | Path, *, device: str = "cpu", temperature: float | Non
     Raises:
         ConfigError: unknown id or field. CheckpointError: a file is missing.
     """
+    if str(name) not in TASKS and Path(name).is_file():
+        from worldgym.envs.wham import load_wham
+
+        check_names(changes, [f.name for f in fields(Task)], "task setting")
+        return replace(load_wham(name, device=device, temperature=temperature), **changes)
     facts = dict(TASKS.get(str(name), {"folder": Path(name)}))
     folder = Path(facts.pop("folder"))
     missing = [f for f in ("world.safetensors", "world.json", "starts.safetensors")

@@ -10,7 +10,8 @@ finds the ``NAME.json`` / ``NAME.safetensors`` pairs below each folder, runs the
 An error is within tolerance where ``|got - ref| <= atol + rtol |ref|`` element by element. A kind
 that is unknown, half a pair, a broken file or an empty folder is a FAIL; any FAIL exits with 1.
 
-Further systems add a file ``tests/golden_NAME.py`` with a table ``KINDS`` and a line in ``TABLES``.
+Further systems add a file ``tests/golden_NAME.py`` with a table ``KINDS`` and a line in ``TABLES``;
+kinds in its set ``JSON_ONLY`` (if it has one) need no tensor file.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 # modules beside this file, each with a dict KINDS
-TABLES = ("golden_wan", "golden_scope", "golden_scope_dit", "golden_wham")
+TABLES = ("golden_wan", "golden_scope", "golden_scope_dit", "golden_wham", "golden_worldplay",
+          "golden_worldplay_poses")
 DEFAULT_ATOL = 1e-4
 
 
@@ -133,6 +135,12 @@ def kinds() -> dict[str, Run]:
     return table
 
 
+def json_only() -> set[str]:
+    """Kinds that need no tensor file."""
+    return {kind for name in TABLES
+            for kind in getattr(importlib.import_module(name), "JSON_ONLY", ())}
+
+
 def _tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FixtureError(f"{path.name} is missing")
@@ -183,7 +191,9 @@ def run_case(base: Path, table: dict[str, Run]) -> Result:
         run = table.get(meta["kind"])
         if run is None:
             raise FixtureError(f"unknown kind {meta['kind']!r}")
-        fixture.tensors = _tensors(base.with_name(base.name + ".safetensors"))
+        path = base.with_name(base.name + ".safetensors")
+        if path.exists() or meta["kind"] not in json_only():
+            fixture.tensors = _tensors(path)
         with torch.no_grad():
             error, tolerance, reason = judge(run(fixture), fixture.tolerance)
         return Result(system, case, error, tolerance, reason)

@@ -53,7 +53,7 @@ class Bank:
         return self.starts.rows(np.asarray(index))
 
 
-def tiny_task(seed=0, end=-9.0, horizon=12, snap=True, facing=True, **changes):
+def tiny_nano(seed=0, end=-9.0, snap=True, facing=True, **changes):
     """Random weights; ``end``: bias of the end head, -9 never, -2 often."""
     games = ("coins", "predator_prey")
     cells = tuple((2 * GAMES[g].offset_cells[0] / 10, 2 * GAMES[g].offset_cells[1] / 8, .2, .25)
@@ -69,6 +69,12 @@ def tiny_task(seed=0, end=-9.0, horizon=12, snap=True, facing=True, **changes):
         nn.init.normal_(head.weight, std=0.2, generator=generator)
     for reader in made.outcome.ends:
         reader.last.bias.data.fill_(end)
-    world = made.world()
+    return made
+
+
+def tiny_task(horizon=12, **changes):
+    """A task of the tiny world; see ``tiny_nano``."""
+    made = tiny_nano(**changes)
+    world, games = made.world(), made.cfg.games
     return PartyTask(world=world, games=games, horizon=horizon, name="tiny",
                      starts=Bank(world, games, {"coins": (2,), "predator_prey": (3, 5)}))

@@ -11,7 +11,7 @@ pytest.importorskip("pettingzoo")
 pytest.importorskip("stable_baselines3")
 import torch  # noqa: E402
 
-from tests.party_face_tools import tiny_task  # noqa: E402
+from tests.party_face_tools import tiny_nano, tiny_task  # noqa: E402
 from worldgym.agents import cli, party_score  # noqa: E402
 from worldgym.agents.model import read_facts  # noqa: E402
 from worldgym.agents.party_agent import TrainedPlayer, party_player, team  # noqa: E402
@@ -344,6 +344,39 @@ def test_commands_are_read():
     said = cli.parse(["rollout", "--out", "x", "--env", "real", "--policies", "gather", "random"])
     assert said.policies == ("gather", "random") and said.env == "real"
     assert cli.main(["score-party", "--where", "moon"]) == 2
+
+
+def test_a_folder_is_all_it_takes(tmp_path, capsys):
+    """A world and its starts on disk: environment, training, score, rollout by the commands."""
+    from worldgym.data.starts import StartBank
+    from worldgym.models import party_nano
+    from worldgym.train.metrics_party import recorded_states
+
+    env = parallel_env(STEADY, "coins", max_cycles=6)
+    store = rollout(env, ["random"], tmp_path / "seen", 2, progress=False)
+    made, world = tiny_nano(), str(tmp_path / "world")
+    party_nano.save(made, world, {"task": {"horizon": 6}})
+    StartBank.build(store, made.world().encode, np.arange(2), 6, 2, margin=1,
+                    states=lambda rows: recorded_states(store, rows, True)).save(
+                        tmp_path / "world" / "starts.safetensors")
+    env = parallel_env(world, "coins", observation="crop")
+    env.reset(seed=0)
+    assert env.players == 2 and env.max_cycles == 6
+    assert any(np.array_equal(env.state(), f) for i in range(2)
+               for f in store.episode(i)["frames"])  # begins with a recorded frame
+    with pytest.raises(ConfigError, match="no start of this game"):
+        parallel_env(world, "predator_prey")
+    agent = str(tmp_path / "agent")
+    assert cli.main(["train-party", "--world", world, "--game", "coins", "--out", agent,
+                     "--slots", "1", "--steps", "16", "--set", "n_steps=8", "batch_size=8"]) == 0
+    common = ["--game", "coins"]
+    assert cli.main(["score-party", "--world", world, *common, "--where", "dream", "--episodes",
+                     "2", "--policy", "random", f"mine={agent}/agent.zip"]) == 0
+    assert cli.main(["rollout", "--env", world, *common, "--policies", "gather",
+                     f"{agent}/agent.zip", "--episodes", "1", "--out", str(tmp_path / "r")]) == 0
+    said = capsys.readouterr().out
+    assert "mine" in said and "gather: mean return" in said
+    assert (tmp_path / "r" / "rollout.mp4").exists()
 
 
 # ---------------------------------------------------------------------------- the real game

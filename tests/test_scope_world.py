@@ -232,6 +232,12 @@ def test_rotations_by_complex_product_have_the_same_bits():
     plain = x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
     with torch.no_grad():
         assert torch.equal(rotate(x, table), plain)
+        for b, t, n, e in ((1, 1, 1, 32), (2, 7, 3, 64), (3, 11, 1, 96), (1, 5, 1, 6),
+                           (1, 13, 5, 22), (2, 3, 24, 128)):
+            y = torch.randn(b, t, n, e, generator=torch.Generator().manual_seed(e))
+            cos, sin = turn = cos_sin(rotation(torch.arange(t)[None], (1, 1), e), torch.float32)
+            want = y * cos + y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
+            assert torch.equal(rotate(y, turn), want)
     exact = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
     exact = exact * rotation(torch.arange(3)[None], (1, 5), 32)[:, :, None]
     torch.testing.assert_close(plain, torch.view_as_real(exact).flatten(-2).float(), atol=1e-5,

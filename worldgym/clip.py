@@ -249,7 +249,7 @@ def denoise(dit: ScopeDiT, noise_BCFhw: Tensor, text: TextKV, negative: TextKV |
             v = opposite + sampler.guidance * (positive - opposite)
         if flows is not None:
             flows(i, positive, opposite)
-        x = schedule.step(x, v, i) if isinstance(schedule, Euler) else run.step(v).clone()
+        x = run.step(v).clone() if run is not None else schedule.step(x, v, i)  # type: ignore
         x = keep_first(x)
         if watch is not None:
             watch(i + 1, x)

@@ -3,14 +3,14 @@
 Shapes: B slot, K past frame, F frame of a chunk, C channel, h w latent grid, A action features.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from worldgym.chunk import Chunk
 from worldgym.errors import ConfigError, DTypeError, NotFiniteError, ShapeError, StateError
 from worldgym.memory import PagePool, PageSpec, SinkWindow, Tables
 from worldgym.models.codec import Codec
@@ -20,46 +20,6 @@ from worldgym.rollout import Block, CausalStepper, Guided, few_step, multi_step
 from worldgym.schedule import FewStep, UniPC
 from worldgym.spec import WorldSpec
 from worldgym.state import Starts, WorldState, check_slots
-
-
-@dataclass(slots=True)
-class Chunk:
-    """What one step made, one row per stepped slot.
-
-    ``latents_BFChw``; ``reward_B`` float32, summed up to ``end_frame_B``; ``terminated_B`` bool;
-    ``end_probability_B``; ``danger_B``: chance of an end within the next steps, as recorded play
-    went on (``ahead`` steps; 1: the end chance); ``draw_B``: the uniform numbers that decided the
-    ends; ``end_frame_B``: index of the last frame that counts; ``uncertainty_B``: fork spread, if
-    it was asked for; ``drift_B``: how far the frames have moved from what the episode began with,
-    where a world tells it. ``frames()`` decodes on first use: with ``video``, all of the chunk at
-    once, or with ``decode``, latent by latent.
-    """
-
-    slots: np.ndarray
-    latents_BFChw: Tensor
-    reward_B: np.ndarray
-    terminated_B: np.ndarray
-    end_probability_B: np.ndarray
-    end_frame_B: np.ndarray
-    uncertainty_B: np.ndarray | None = None
-    danger_B: np.ndarray | None = None
-    draw_B: np.ndarray | None = None
-    drift_B: np.ndarray | None = None
-    ahead: int = 1
-    subjects: object = None
-    video: Callable[[], Tensor] | None = field(default=None, repr=False)
-    decode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
-    _frames: Tensor | None = field(default=None, repr=False)
-
-    def frames(self) -> Tensor:
-        """Decoded frames uint8 (B, F, H, W, 3)."""
-        if self._frames is None and self.video is not None:
-            self._frames = self.video()
-        if self._frames is None:
-            assert self.decode is not None
-            b, f = self.latents_BFChw.shape[:2]
-            self._frames = self.decode(self.latents_BFChw.flatten(0, 1)).unflatten(0, (b, f))
-        return self._frames
 
 
 class World:
@@ -327,8 +287,8 @@ class World:
 
     def noise(self, keys_B4: np.ndarray, number: int) -> Tensor:
         """The sampler's noise (B, C, F, h, w) of pass ``number`` for slots with these keys."""
-        n = self.spec.latents_per_chunk
-        noise = normal(keys_B4, number, (n, *self.spec.latent_chw), self.device)
+        n, (c, h, w) = self.spec.latents_per_chunk, self.spec.latent_chw
+        noise = normal(keys_B4, number, (n * c, h, w), self.device).unflatten(1, (n, c))
         return self.temperature * noise.transpose(1, 2).contiguous()
 
     def _recent(self, state: WorldState) -> Tensor:

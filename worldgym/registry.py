@@ -6,6 +6,7 @@ ENVS = {
         "worldgym.envs.make:take_cover",
         "worldgym.envs.make:take_cover_vector",
     ),
+    "worldgym/WHAM-v0": ("worldgym.envs.wham:wham", "worldgym.envs.wham:wham_vector"),
     "worldgym/SCOPE-v0": ("worldgym.envs.scope:scope", "worldgym.envs.scope:scope_vector"),
 }
 

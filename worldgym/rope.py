@@ -16,22 +16,24 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return half - 2 * (half // 3), half // 3, half // 3
 
 
-def axis_frequencies(pairs: int) -> Tensor:
-    """Angle per unit of position, float64 (pairs,): 10000^(-j / pairs)."""
-    return 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
+def axis_frequencies(pairs: int, theta: float = 10000.0) -> Tensor:
+    """Angle per unit of position, float64 (pairs,): theta^(-j / pairs)."""
+    return theta ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
 
 
-def rotation(frame_BF: Tensor, grid_hw: tuple[int, int], head_dim: int) -> Tensor:
+def rotation(frame_BF: Tensor, grid_hw: tuple[int, int], head_dim: int, *,
+             theta: float = 10000.0, pairs: tuple[int, int, int] | None = None) -> Tensor:
     """Unit complex numbers (B, F * h * w, head_dim / 2), complex128, for tokens in (f, y, x) order.
 
-    ``frame_BF``: absolute frame indices; rows and columns count from 0.
+    ``frame_BF``: absolute frame indices; rows and columns count from 0; ``pairs``: how they are
+    split over the axes (default: ``axis_pairs``).
     """
-    pairs_t, pairs_y, pairs_x = axis_pairs(head_dim)
+    pairs_t, pairs_y, pairs_x = pairs or axis_pairs(head_dim)
     (b, f), (h, w) = frame_BF.shape, grid_hw
     device = frame_BF.device
-    t = frame_BF.double()[..., None] * axis_frequencies(pairs_t).to(device)
-    y = torch.arange(h, dtype=torch.float64)[:, None] * axis_frequencies(pairs_y)
-    x = torch.arange(w, dtype=torch.float64)[:, None] * axis_frequencies(pairs_x)
+    t = frame_BF.double()[..., None] * axis_frequencies(pairs_t, theta).to(device)
+    y = torch.arange(h, dtype=torch.float64)[:, None] * axis_frequencies(pairs_y, theta)
+    x = torch.arange(w, dtype=torch.float64)[:, None] * axis_frequencies(pairs_x, theta)
     angle = torch.cat(
         [
             t[:, :, None, None].expand(b, f, h, w, pairs_t),
@@ -100,8 +102,10 @@ def rotate(x_BTND: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate every head's pairs; ``table`` comes from ``cos_sin``."""
     cos, sin = table
     if (x_BTND.device.type == "cpu" and x_BTND.dtype == cos.dtype == torch.float32
-            and x_BTND.is_contiguous() and not torch.is_grad_enabled()):
+            and x_BTND.is_contiguous() and cos.shape[-1] % 32 == 0
+            and not torch.is_grad_enabled()):
         # the same bits in a quarter of the time: one complex product reads and writes once
+        # (for other widths the last few pairs would go through another kernel and other bits)
         turn = (table if isinstance(table, Table) else Table(table)).unit
         pairs = torch.view_as_complex(x_BTND.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * turn).flatten(-2)

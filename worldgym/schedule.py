@@ -216,6 +216,16 @@ class Euler:
         self.sigmas_S = shift * u_S / (1 + (shift - 1) * u_S)
         self.timesteps_S = TRAIN_STEPS * self.sigmas_S
 
+    @classmethod
+    def at(cls, timesteps: Sequence[float]) -> Euler:
+        """The steps of a list of falling timesteps in (0, 1000]; a closing 0 is left out."""
+        steps = [float(t) for t in timesteps if t != 0]
+        FewStep(tuple(steps), tuple(steps))  # refuses impossible lists
+        made = cls(len(steps))
+        made.timesteps_S = torch.tensor(steps)
+        made.sigmas_S = made.timesteps_S / TRAIN_STEPS
+        return made
+
     def __len__(self) -> int:
         return len(self.sigmas_S)
 
@@ -223,6 +233,27 @@ class Euler:
         """Sample after step ``i``, in the dtype of ``x``."""
         end = self.sigmas_S[i + 1] if i + 1 < len(self) else torch.zeros(())
         return x + flow * (end - self.sigmas_S[i]).to(x.device)
+
+
+def chunk_times(u: Tensor, *, shift: float = 3.0) -> Tensor:
+    """Training timesteps of chunks (worldplay spec 12), whole numbers in 1..1000.
+
+    Args:
+        u: numbers in (0, 1), e.g. the sigmoid of standard normal ones, one per chunk; cut down to
+            thousandths first.
+        shift: time shift; 1 = none.
+    """
+    shift = _need_shift(shift)
+    part = torch.floor(u.double() * TRAIN_STEPS) / TRAIN_STEPS
+    shifted = TRAIN_STEPS * shift * part / (1 + (shift - 1) * part)
+    # a row of the falling table 1000, 999, ... is chosen by cutting 1000 - t down
+    return TRAIN_STEPS - torch.floor(TRAIN_STEPS - shifted)
+
+
+def context_times(row: Tensor) -> Tensor:
+    """Timestep of rows of the unshifted falling table: 1000 - row (memory training, rows 500..984).
+    """
+    return TRAIN_STEPS - row.double()
 
 
 class UniPC:

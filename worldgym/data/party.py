@@ -52,6 +52,8 @@ class PartySampler:
         permute: shuffle the player slots of every clip, as a model without slot identity wants.
         with_frames: also read the frames.
         extra: per game, further arrays with one entry per row of its data set, e.g. latents.
+        eventful: share of the clips drawn from those that pay or end a player in their last row,
+            which are rare in some games; the rest is drawn from all.
         rank, world_size: this process reads rows ``rank*B//world_size : (rank+1)*B//world_size``.
 
     ``sampler(iteration)`` returns ``frames`` uint8 (B, F, H, W, 3) if asked, ``positions`` float32
@@ -59,23 +61,25 @@ class PartySampler:
     float32 and ``actions`` int64 (each B, F, N), ``valid`` bool (B, N), ``game`` int64 (B; index
     into ``games``), ``rows`` int64 (B, F) and every extra array as (B, F, ...). Row f holds what
     led from frame f-1 to f; on row 0 actions are -1 and rewards 0, nothing in the clip led there.
+    With ``eventful`` also ``likely`` float32 (B): how much likelier an even draw of clips had been,
+    by which to weigh what chance decides.
     """
 
     def __init__(self, stores: Mapping[str, Episodes], ids: Ids, frames: int, batch: int,
                  seed: int = 0, *, halve: bool = False, permute: bool = True,
                  with_frames: bool = True,
                  extra: Mapping[str, Mapping[str, np.ndarray]] | None = None,
-                 rank: int = 0, world_size: int = 1) -> None:
+                 eventful: float = 0.0, rank: int = 0, world_size: int = 1) -> None:
         self.games = tuple(stores)
         layouts = {(store.agents, store.frame_hw) for store in stores.values()}
         if frames < 2 or not 0 <= rank < world_size <= batch or seed < 0 or len(layouts) != 1 or (
-                set(ids) != set(stores)):
+                set(ids) != set(stores) or not 0 <= eventful < 1):
             raise ConfigError(
                 "impossible clips",
                 given=f"{frames} frames, batch {batch}, rank {rank} of {world_size}, seed {seed}, "
-                f"(slots, frame size) {sorted(layouts)}, ids of {sorted(ids)}",
+                f"(slots, frame size) {sorted(layouts)}, ids of {sorted(ids)}, eventful {eventful}",
                 expected="frames >= 2, 0 <= rank < world_size <= batch, seed >= 0, games recorded "
-                f"alike, ids of {sorted(stores)}",
+                f"alike, ids of {sorted(stores)}, 0 <= eventful < 1",
                 fix="take stores from open_party and ids from split_party")
         self.stores, self.frames, self.batch, self.seed = dict(stores), frames, batch, seed
         self.slots, _ = layouts.pop()
@@ -91,6 +95,17 @@ class PartySampler:
                                    expected=f"one of {frames} rows or more",
                                    fix="record longer episodes, or ask for shorter clips")
             self._places.append((mine, np.cumsum(count)))
+        self.eventful = eventful
+        self._events = [self._eventful(g) for g in range(len(self.games))] if eventful else []
+
+    def _eventful(self, game: int) -> np.ndarray:
+        """First rows of the windows of this game in whose last row something happens, ascending."""
+        store, (mine, _) = self.stores[self.games[game]], self._places[game]
+        first = np.concatenate([np.arange(s, s + max(0, n + 2 - self.frames)) for s, n in zip(
+            store.starts[mine], store.lengths[mine], strict=True)])
+        last = first + self.frames - 1
+        paid = (np.nan_to_num(store.take("rewards", last)) != 0).any(1)
+        return first[paid | store.take("info_ended", last).any(1)]
 
     def __len__(self) -> int:
         """Number of different clips, all games together."""
@@ -102,9 +117,15 @@ class PartySampler:
         game = rng.integers(len(self.games), size=self.batch)
         place = rng.random(self.batch)
         order = rng.permuted(np.tile(np.arange(self.slots), (self.batch, 1)), axis=1)
-        game, place, order = game[self.part], place[self.part], order[self.part]
-        rows = np.stack([self._rows(g, p) for g, p in zip(game, place, strict=True)])
+        chosen = rng.random(self.batch) < self.eventful if self.eventful else np.zeros(
+            self.batch, bool)
+        mine = self.part
+        game, place, order, chosen = game[mine], place[mine], order[mine], chosen[mine]
+        rows = np.stack([self._rows(g, p, e) for g, p, e in zip(game, place, chosen, strict=True)])
         out = self._read(game, rows)
+        if self.eventful:
+            out["likely"] = np.array([self._likely(g, r[0]) for g, r in zip(
+                game, rows, strict=True)], np.float32)
         if self.permute:
             for name in ("actions", "valid", *FIELDS):
                 axis = 1 if name == "valid" else 2
@@ -113,8 +134,20 @@ class PartySampler:
                 out[name] = np.take_along_axis(out[name], index, axis)
         return out | {"game": game, "rows": rows}
 
-    def _rows(self, game: int, place: float) -> np.ndarray:
+    def _likely(self, game: int, first: int) -> float:
+        """Chance of the window at row ``first`` in an even draw, over its chance in ours."""
+        events, share = self._events[game], self.eventful
+        if not len(events):
+            return 1.0
+        at = np.searchsorted(events, first)
+        there = at < len(events) and events[at] == first
+        return float(1 / (1 - share + share * there * self._places[game][1][-1] / len(events)))
+
+    def _rows(self, game: int, place: float, eventful: bool = False) -> np.ndarray:
         """Global rows of one clip; ``place`` in [0, 1) picks among the game's windows."""
+        if eventful and len(self._events[game]):
+            events = self._events[game]
+            return int(events[int(place * len(events))]) + np.arange(self.frames)
         mine, ends = self._places[game]
         number = int(place * ends[-1])
         which = int(np.searchsorted(ends, number, side="right"))

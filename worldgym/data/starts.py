@@ -8,8 +8,6 @@ from disk are the same bits.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -21,15 +19,14 @@ import torch
 from torch import Tensor
 
 from worldgym import checkpoint
+from worldgym.data.start_rows import as_half, distinct, draw_rows, encode_rows
 from worldgym.data.store import Episodes
-from worldgym.errors import CheckpointError, ConfigError, DatasetError, NotFiniteError, ShapeError
+from worldgym.errors import CheckpointError, ConfigError, DatasetError, ShapeError
 from worldgym.state import Starts
 
 FORMAT = 1
 KIND = "worldgym.starts"
-ENCODE_BATCH = 64  # frames
 NEAR = 32  # starts among which one of about an age is drawn
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,14 +97,14 @@ class StartBank:
             raise DatasetError("no such episodes to start from", given=ids.tolist()[:8],
                                expected=f"episode numbers in [0, {len(episodes) - 1}]",
                                fix="pass the training half of Episodes.split()")
-        first_N, last_N = _draw(episodes, ids, count, context, seed, beginning_fraction, margin)
+        first_N, last_N = draw_rows(episodes, ids, count, context, seed, beginning_fraction, margin)
         length_N = last_N - np.maximum(first_N, last_N - context + 1) + 1
         column = np.arange(context)[None]
         rows_NK = np.where(column >= context - length_N[:, None],
                            last_N[:, None] - (context - 1 - column), -1)
         there, beginning_N = rows_NK >= 0, last_N == first_N
         wanted, inverse = np.unique(rows_NK[there], return_inverse=True)
-        unique_U, same = _distinct(episodes, wanted)
+        unique_U, same = distinct(episodes, wanted)
         latent_rows = np.full(rows_NK.shape, -1, np.int32)
         latent_rows[there] = same[inverse]
         shown, frame_rows = np.unique(latent_rows[:, -1], return_inverse=True)
@@ -121,7 +118,7 @@ class StartBank:
                        "valid_NP": episodes.take("info_valid", last_N),
                        "game_N": np.full(count, game, np.int64)}
         return cls(
-            latents_UChw=_encode(episodes, unique_U, encode, view), latent_rows_NK=latent_rows,
+            latents_UChw=encode_rows(episodes, unique_U, encode, view), latent_rows_NK=latent_rows,
             actions=actions, null_NK=null, length_N=length_N.astype(np.int64),
             frames_VHWC=view(episodes.take("frames", unique_U[shown])),
             frame_rows_N=frame_rows.astype(np.int32), beginnings=beginning_N,
@@ -153,7 +150,7 @@ class StartBank:
         frames = check_frames(frames_NHWC)
         n = len(frames)
         with torch.no_grad():
-            latents = _half(encode(torch.from_numpy(frames)))
+            latents = as_half(encode(torch.from_numpy(frames)))
         return cls(latents_UChw=latents, latent_rows_NK=np.arange(n, dtype=np.int32)[:, None],
                    actions=np.zeros_like(np.asarray(actions))[:, None],
                    null_NK=np.ones((n, 1), bool), length_N=np.ones(n, np.int64),
@@ -195,11 +192,12 @@ class StartBank:
     def only(self, indices: Any) -> StartBank:
         """A bank of these starts only, e.g. ``bank.only(np.flatnonzero(bank.beginnings))``."""
         i = self._check(indices)
+        rest = {name: getattr(self, name) for name in _OPTIONAL.values()}
+        kept: dict[str, Any] = {k: None if x is None else x[i] for k, x in rest.items()}
         return replace(self, latent_rows_NK=self.latent_rows_NK[i], actions=self.actions[i],
                        null_NK=self.null_NK[i], length_N=self.length_N[i],
                        frame_rows_N=self.frame_rows_N[i], beginnings=self.beginnings[i],
-                       **{name: None if getattr(self, name) is None else getattr(self, name)[i]
-                          for name in _OPTIONAL.values()})
+                       **kept)
 
     def gather(self, indices: Any) -> Starts:
         """These starts (repeats allowed) as ``Starts``, float32 on the CPU; padding is zero."""
@@ -342,65 +340,3 @@ def check_frames(frames: Any) -> np.ndarray:
         raise ShapeError("start frames have the wrong form", given=f"{array.dtype} {array.shape}",
                          expected="uint8 (B, H, W, 3), B >= 1", fix="stack RGB frames in 0..255")
     return np.array(array)
-
-
-def _draw(episodes: Episodes, ids: np.ndarray, count: int, context: int, seed: int,
-          fraction: float, margin: int) -> tuple[np.ndarray, np.ndarray]:
-    """(first row of the episode, row of the newest frame) of every start, beginnings first."""
-    rng = np.random.default_rng([int(seed), 0x57A7])
-    first_E, steps_E = episodes.starts[ids], episodes.lengths[ids]
-    died_E = episodes.take("terminated", first_E + steps_E)
-    room_E = np.maximum(steps_E - np.where(died_E, margin, 0), 0)  # positions 1..room
-    total = int(room_E.sum())
-    beginnings = round(count * fraction)
-    if beginnings < count and not total:
-        _log.warning("start bank of beginnings only: every episode ends within %d steps", margin)
-        beginnings = count
-    begin_E = _spread(rng, len(ids), beginnings)
-    flat = _spread(rng, total, count - beginnings)
-    edges = np.cumsum(room_E)
-    mid_E = np.searchsorted(edges, flat, side="right")
-    position = flat - (edges - room_E)[mid_E] + 1
-    return (np.concatenate([first_E[begin_E], first_E[mid_E]]),
-            np.concatenate([first_E[begin_E], first_E[mid_E] + position]))
-
-
-def _spread(rng: np.random.Generator, choices: int, count: int) -> np.ndarray:
-    """``count`` numbers in [0, choices): none again before all were drawn; ascending."""
-    if not count:
-        return np.zeros(0, np.int64)
-    whole, rest = divmod(count, choices)
-    return np.sort(np.concatenate([np.tile(np.arange(choices), whole),
-                                   rng.choice(choices, rest, replace=False)]))
-
-
-def _distinct(episodes: Episodes, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows with distinct frames, and for each given row the number of its distinct frame."""
-    seen: dict[bytes, int] = {}
-    unique, number = [], np.empty(len(rows), np.int32)
-    for lo in range(0, len(rows), 512):
-        for i, frame in enumerate(episodes.take("frames", rows[lo:lo + 512])):
-            key = hashlib.sha256(frame.tobytes()).digest()
-            if key not in seen:
-                seen[key] = len(seen)
-                unique.append(rows[lo + i])
-            number[lo + i] = seen[key]
-    return np.asarray(unique, np.int64), number
-
-
-def _encode(episodes: Episodes, rows: np.ndarray, encode: Callable[[Tensor], Tensor],
-            view: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([_half(encode(torch.from_numpy(
-            view(episodes.take("frames", rows[lo:lo + ENCODE_BATCH])))))
-            for lo in range(0, len(rows), ENCODE_BATCH)])
-
-
-def _half(latents: Tensor) -> Tensor:
-    half = latents.detach().cpu().half()
-    if not bool(torch.isfinite(half).all()):
-        raise NotFiniteError("a start latent does not fit float16",
-                             given=f"largest value {float(latents.abs().max()):.3g}",
-                             expected="finite normalised latents, near [-5, 5]",
-                             fix="check the codec; it may have diverged")
-    return half

@@ -132,7 +132,8 @@ def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[st
     """Cross-entropy of the ends and squared error of the rewards over all steps of the clips.
 
     ``batch``: as for ``party_loss`` (see there), with ``rewards_BFN`` and ``ended_BFN`` (the player
-    ended in this frame or before); a player that has ended before counts no more.
+    ended in this frame or before); a player that has ended before counts no more. ``likely_B``, if
+    there (see ``PartySampler``), weighs the ends, which chance decides; rewards are seen.
     """
     latents, valid = batch["latents_BFChw"].float(), batch["valid_BN"].bool()
     states = torch.where(valid[:, None, :, None], batch["states_BFNS"].float(), 0)
@@ -158,6 +159,8 @@ def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[st
         reward = reward.sign() * reward.abs().log1p()
     total = counts.sum().clamp_min(1)
     bce = F.binary_cross_entropy_with_logits(out[..., 0], end, reduction="none")
-    bce = (bce * counts).sum() / total
+    even = torch.ones(b) if "likely_B" not in batch else batch["likely_B"]
+    even = counts * even.to(latents).repeat_interleave(f - 1)[:, None, None]
+    bce = (bce * even).sum() / even.sum().clamp_min(1e-6)
     squared = (((out[..., 1] - reward / scale) ** 2) * counts).sum() / total
     return bce + squared, {"end_bce": float(bce.detach()), "reward_mse": float(squared.detach())}

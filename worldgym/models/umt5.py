@@ -7,6 +7,7 @@ section 8; key map section 11).
 import html
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ MAX_DISTANCE = 128  # of the relative position buckets; the same in every UMT5
 PAD, EOS = 0, 1
 
 _RULES = [(re.compile(pattern), new) for pattern, new in (
+    (r"^shared\.", "embed_tokens."),
+    (r"^encoder\.", ""),
     (r"^token_embedding\.", "embed_tokens."),
     (r"^norm\.", "final_layer_norm."),
     (r"^blocks\.(\d+)\.norm1\.", r"block.\1.layer.0.layer_norm."),
@@ -39,6 +42,8 @@ _RULES = [(re.compile(pattern), new) for pattern, new in (
 def transformers_name(native: str) -> str:
     """A tensor name of ``models_t5_umt5-xxl-enc-bf16.pth`` in transformers' encoder stack.
 
+    Names of transformers' whole encoder model (``text_encoder/`` of diffusers folders) work too.
+
     >>> transformers_name("blocks.3.ffn.gate.0.weight")
     'block.3.layer.1.DenseReluDense.wi_0.weight'
     """
@@ -48,21 +53,23 @@ def transformers_name(native: str) -> str:
 
 
 def sizes_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Arguments of transformers' ``UMT5Config``, read off natively named tensors."""
+    """Arguments of transformers' ``UMT5Config``, read off the tensors, named either way."""
+    shapes, given = {transformers_name(n): s for n, s in shapes.items()}, shapes
+    first = "block.0.layer.0.SelfAttention."
     try:
-        vocab, dim = shapes["token_embedding.weight"]
-        buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-        layers = 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("blocks."))
+        vocab, dim = shapes["embed_tokens.weight"]
+        buckets, heads = shapes[first + "relative_attention_bias.weight"]
+        layers = 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("block."))
         return {"vocab_size": vocab, "d_model": dim, "num_heads": heads, "num_layers": layers,
-                "d_kv": shapes["blocks.0.attn.q.weight"][0] // heads,
-                "d_ff": shapes["blocks.0.ffn.fc1.weight"][0],
+                "d_kv": shapes[first + "q.weight"][0] // heads,
+                "d_ff": shapes["block.0.layer.1.DenseReluDense.wi_1.weight"][0],
                 "relative_attention_num_buckets": buckets,
                 "relative_attention_max_distance": MAX_DISTANCE,
                 "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6,
                 "dropout_rate": 0.0}
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(
-            "not the tensors of a UMT5 encoder", given=f"{len(shapes)} tensors ({error!r})",
+            "not the tensors of a UMT5 encoder", given=f"{len(given)} tensors ({error!r})",
             expected="token_embedding, blocks.*.pos_embedding, norm",
             fix="give models_t5_umt5-xxl-enc-bf16.pth") from error
 
@@ -86,8 +93,14 @@ class TextEncoder:
     def load(cls, source: str | Path | WeightFile | Mapping[str, Tensor], *,
              device: torch.device | str = "cpu",
              dtype: torch.dtype | None = None) -> "TextEncoder":
-        """Load strictly from a natively named file or state dict; ``dtype`` default: its own."""
+        """Load strictly from a file or state dict; ``dtype`` default: its own.
+
+        Names are the native ones or transformers'; a second copy of the token table is left out.
+        """
         file = source if isinstance(source, Mapping) else as_file(source)
+        if isinstance(file, WeightFile) and "encoder.embed_tokens.weight" in file.entries:
+            file = replace(file, entries={n: e for n, e in file.entries.items()
+                                          if n != "shared.weight"})
         held: Mapping[str, Any] = file.entries if isinstance(file, WeightFile) else file
         names = checkpoint.plain_names(list(held))
         sizes = sizes_of({names[n]: tuple(t.shape) for n, t in held.items()})

@@ -23,6 +23,9 @@ from worldgym.rope import clip_table, cos_sin, rotate, rotation
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 # between(layer, x_BTD) -> x_BTD: what a model adds to the stream before the feed-forward
 Between = Callable[[int, Tensor], Tensor]
+# beside(layer, q_BTNE, k_BTNE, v_BTNE) -> y_BTD: what a model adds to the self-attention's output;
+# q and k are not rotated
+Beside = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 # cross-attention of one layer: keys and values that every token sees, or cross(q_BTNE) -> out_BTNE
 Cross = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]
 # A float32 matrix product gives row-independent bits from 4 rows on, elementwise kernels for sizes
@@ -125,12 +128,16 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, mod_BF6D: Tensor, table: tuple[Tensor, Tensor],
                 attend: Callable[[Tensor, Tensor, Tensor], Tensor],
                 text_kv: Cross | None,
-                between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+                between: Callable[[Tensor], Tensor] | None = None,
+                beside: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
         m = (self.modulation + mod_BF6D).unsqueeze(3).unbind(2)  # six of (B, F, 1, D)
         y = self._modulate(x_BTD, m[0], m[1])
         q, (k, v) = self.self_attn.query(y), self.self_attn.key_value(y)
         y = attend(rotate(q, table), rotate(k, table), v).flatten(2)
-        x_BTD = self._gate(x_BTD, self.self_attn.o(y), m[2])
+        y = self.self_attn.o(y)
+        if beside is not None:
+            y = y + beside(q, k, v)
+        x_BTD = self._gate(x_BTD, y, m[2])
         if text_kv is not None:
             q = self.cross_attn.query(self.norm3(x_BTD))
             y = text_kv(q) if callable(text_kv) else attention(q, *text_kv)
@@ -229,19 +236,28 @@ class WanDiT(nn.Module):
 
         ``cond_BFD``: per-frame conditioning (an action embedding) added to e.
         """
-        half = self.cfg.freq_dim // 2
-        rate = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t_BF.device) / half)
-        angle = t_BF.double()[..., None] * rate
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.head.modulation.dtype)
-        rows = wave.flatten(0, 1)
-        n = len(rows)
-        if n < MIN_ROWS:  # see MIN_ROWS: one slot alone must get the bits it gets among many
-            rows = F.pad(rows, (0, 0, 0, MIN_ROWS - n))
+        rows, n = self.wave(t_BF), t_BF.numel()
         e = self.time_embedding(rows)
         if cond_BFD is not None:
             e = e + F.pad(cond_BFD.flatten(0, 1), (0, 0, 0, len(rows) - n))
         modulation = self.time_projection(e)[:n].unflatten(0, t_BF.shape)
         return e[:n].unflatten(0, t_BF.shape), modulation.unflatten(-1, (6, -1))
+
+    def angles(self, value_BF: Tensor) -> Tensor:
+        """Angles of a number's sinusoid, (B, F, freq_dim / 2): value * 10000^(-j / half)."""
+        half = self.cfg.freq_dim // 2
+        rate = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=value_BF.device) / half)
+        return value_BF.double()[..., None] * rate
+
+    def wave(self, value_BF: Tensor) -> Tensor:
+        """Sinusoid of numbers, cosines first: (at least MIN_ROWS rows, freq_dim), zeros below.
+
+        See MIN_ROWS: one slot alone must get the bits it gets among many.
+        """
+        angle = self.angles(value_BF)
+        rows = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.head.modulation.dtype)
+        rows = rows.flatten(0, 1)
+        return F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - len(rows))))
 
     def patches(self, x_BCFHW: Tensor) -> Tensor:
         """Tokens (B, T, D), order (frame, row, column). The strided convolution as one product."""
@@ -275,7 +291,7 @@ class WanDiT(nn.Module):
                 attend: Attend | None = None, frame_index_BF: Tensor | None = None,
                 cond_BFD: Tensor | None = None,
                 text_kv: list[tuple[Tensor, Tensor]] | None = None,
-                between: Between | None = None) -> Tensor:
+                between: Between | None = None, beside: Beside | None = None) -> Tensor:
         """Flow (B, C, F, H, W).
 
         Args:
@@ -286,6 +302,7 @@ class WanDiT(nn.Module):
             frame_index_BF: absolute frame indices, (F,) or (B, F); default 0..F-1.
             cond_BFD: per-frame conditioning added to the time embedding.
             between: called in every block before the feed-forward.
+            beside: called in every block with its unrotated queries, keys and values.
         """
         b, _, f, height, width = x_BCFHW.shape
         grid = (height // self.cfg.patch_size[1], width // self.cfg.patch_size[2])
@@ -309,8 +326,9 @@ class WanDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             see = (lambda q, k, v, i=i: attend(i, q, k, v)) if attend else attention
             add = (lambda x, i=i: between(i, x)) if between else None
+            plus = (lambda q, k, v, i=i: beside(i, q, k, v)) if beside else None
             with self.near(block):
-                x = block(x, modulation, table, see, text_kv[i] if text_kv else None, add)
+                x = block(x, modulation, table, see, text_kv[i] if text_kv else None, add, plus)
         return self.unpatch(self.head(x, e), f, grid)
 
 

@@ -4,6 +4,9 @@ Shapes: any leading dimensions, then 16 numbers. *Bins*: buttons 0 or 1, sticks 
 values: buttons 0 or 1, sticks in [-1, 1]; *local ids*: 0..67 without the offset of the vocabulary.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from worldgym.actions import ActionSpec
@@ -11,6 +14,7 @@ from worldgym.errors import ActionError, ShapeError
 
 BUTTONS, STICKS, BINS = 12, 4, 11
 COUNT = BUTTONS + STICKS
+PRESSED = BUTTONS - 1  # buttons of a controller; number 0 says that none is pressed
 VOCABULARY = 2 * BUTTONS + BINS * STICKS
 NAMES = ("no button", "right trigger", "A", "left trigger", "D-pad right", "X", "right bumper", "Y",
          "B", "left bumper", "right stick click", "D-pad down", "left stick X", "left stick Y",
@@ -71,6 +75,65 @@ def check(bins_: np.ndarray) -> np.ndarray:
                           given=array[tuple(where)], expected=f"0 to {SIZES[where[-1]] - 1}",
                           fix="give bins; wham_actions.bins makes them from stick values")
     return array
+
+
+def from_controller(action: Any) -> np.ndarray:
+    """Bins int64 (..., 16) of {"buttons": (..., 11), "sticks": (..., 4) in [-1, 1]}.
+
+    Raises:
+        ActionError, ShapeError: the parts are missing, do not fit, or lie outside their spaces.
+    """
+    if not isinstance(action, Mapping) or set(action) != {"buttons", "sticks"}:
+        given = sorted(map(str, action)) if isinstance(action, Mapping) else type(action).__name__
+        raise ActionError("not a controller's action", given=given,
+                          expected='{"buttons": 11 of 0 or 1, "sticks": 4 in [-1, 1]}',
+                          fix="sample from env.action_space")
+    parts = []
+    for name, count, low in (("buttons", PRESSED, 0), ("sticks", STICKS, -1)):
+        try:
+            part = np.asarray(action[name])
+        except ValueError:  # ragged
+            part = np.asarray(None)
+        if part.dtype.kind not in "iufb":
+            raise ActionError(f"{name} are not numbers", given=repr(action[name])[:60],
+                              expected=f"{count} numbers", fix="sample from env.action_space")
+        if part.shape[-1:] != (count,):
+            raise ShapeError(f"{name} have the wrong shape", given=part.shape,
+                             expected=f"(..., {count})", fix="sample from env.action_space")
+        whole = name == "sticks" or np.isin(part, (0, 1)).all()
+        if not whole or not ((part >= low) & (part <= 1)).all():
+            raise ActionError(f"{name} outside their space", given=part.ravel()[:8].tolist(),
+                              expected="0 or 1" if name == "buttons" else "-1 to 1",
+                              fix="clip the policy's output")
+        parts.append(part)
+    if parts[0].shape[:-1] != parts[1].shape[:-1]:
+        raise ShapeError("parts of an action differ in shape", given=[p.shape for p in parts],
+                         expected="the same leading axes", fix="sample from env.action_space")
+    flag = np.zeros((*parts[0].shape[:-1], 1))
+    return bins(np.concatenate([flag, *parts], -1), derive_flag=True)
+
+
+def to_controller(bins_: np.ndarray) -> dict[str, np.ndarray]:
+    """Inverse of ``from_controller``, up to the width of a stick's bins."""
+    world = world_values(bins_)
+    return {"buttons": world[..., 1:BUTTONS].astype(np.int8),
+            "sticks": world[..., BUTTONS:]}
+
+
+def flagged(bins_: Any) -> Any:
+    """Bins with number 0 set from the other buttons, as the data has it; nonsense stays."""
+    try:
+        array = np.asarray(bins_)
+    except ValueError:  # ragged
+        return bins_
+    if array.dtype.kind not in "iufb" or array.shape[-1:] != (COUNT,):
+        return bins_
+    flag = array[..., 0].copy()
+    known = (flag == 0) | (flag == 1)
+    none = ~array[..., 1:BUTTONS].astype(bool).any(-1)
+    out = array.copy()
+    out[..., 0] = np.where(known, none, flag)
+    return out
 
 
 def _sixteen(array: np.ndarray) -> np.ndarray:

@@ -124,6 +124,10 @@ class WhamWorld(World):
                              expected=f"0 to {self.model.codes - 1}",
                              fix="encode start frames with this world's tokeniser")
 
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        """Frames uint8 (B, H, W, 3) of ids, which may be given as floats."""
+        return super().decode(latents_BChw.long())
+
     @property
     def pending_shape(self) -> tuple[int, ...]:
         return (wham_actions.COUNT,)

@@ -1,4 +1,4 @@
-"""Fit a world of several players and games to recordings: codec, dynamics, rewards and ends.
+"""Fit a world of several players and games to recordings: codec, rewards and ends, dynamics.
 
 The dynamics train in two stages: the video alone, then subjects and video together; first on
 single frames with the one before beside them (cheap), at last on whole clips. Every part resumes
@@ -34,6 +34,7 @@ from worldgym.train.provenance import command, machine
 from worldgym.train.stages import CODEC_BATCH, Stages
 
 OUTCOME_BATCH = 128  # transitions
+EVENTFUL = 0.5  # of these: share that pays or ends a player
 CODEC_WIDTH, CODEC_DEEP = 32, 64
 HORIZON = 100
 
@@ -171,8 +172,9 @@ class FitParty(Stages):
             return self._snapshot(Path(cfg.snapshot))
         self._codec(min(cfg.codec_iterations, short))
         self._encode()
-        self._dynamics(min(cfg.dynamics_iterations, short))
+        # the heads first, which read recordings only: every snapshot then knows what pays
         self._outcome(min(cfg.outcome_iterations, short))
+        self._dynamics(min(cfg.dynamics_iterations, short))
         if self.group.first:
             self._write(self.out, self.nano)
         return self.out
@@ -233,16 +235,18 @@ class FitParty(Stages):
                 partial(self._read, game), partial(self._median, game))
             self.extra[game] = {"latents": latents, "weights": weights}
 
-    def _sampler(self, frames: int, batch: int) -> PartySampler:
+    def _sampler(self, frames: int, batch: int, eventful: float = 0.0) -> PartySampler:
         return PartySampler(self.stores, self.train_ids, frames, batch, self.cfg.seed,
-                            with_frames=False, extra=self.extra, rank=self.group.rank,
-                            world_size=self.group.size)
+                            with_frames=False, extra=self.extra, eventful=eventful,
+                            rank=self.group.rank, world_size=self.group.size)
 
     def _batch(self, data: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         sub = self.nano.cfg.dynamics.subjects
         batch = batch_of(data, sub.facing)
         batch["weight_BFhw"] = torch.from_numpy(data["weights"].astype(np.float32))
         batch["cell_B2"] = torch.tensor(self.nano.cfg.cells)[batch["game_B"], 2:]
+        if "likely" in data:
+            batch["likely_B"] = torch.from_numpy(data["likely"])
         return {k: v.to(self.group.device) for k, v in batch.items()}
 
     def _dynamics(self, iterations: int) -> None:
@@ -271,7 +275,7 @@ class FitParty(Stages):
 
     def _outcome(self, iterations: int) -> None:
         cfg, group, head = self.cfg, self.group, self.nano.outcome
-        sampler = self._sampler(head.cfg.frames + 1, OUTCOME_BATCH)
+        sampler = self._sampler(head.cfg.frames + 1, OUTCOME_BATCH, EVENTFUL)
         head.reward_scale.fill_(1.0)
 
         def loss(model, data, generator):
@@ -283,7 +287,8 @@ class FitParty(Stages):
             return party_outcome_loss(model, head.cfg, batch, head.reward_scale)
 
         loop = self.loop("outcome", iterations,
-                         {"latents": self.latent_tag, "head": json.dumps(asdict(head.cfg))},
+                         {"latents": self.latent_tag, "head": json.dumps(asdict(head.cfg)),
+                          "eventful": EVENTFUL},
                          lr=1e-3, decay=0.5, weight_decay=0.1)
         loop.run(sampler, loss, cfg.tensorboard)
         self.finish(loop)

@@ -65,8 +65,10 @@ def _game(world: PartyWorld, clip: dict[str, np.ndarray], number: int,
     """Rollouts of one game's clips (B, context + steps)."""
     b = len(clip["rows"])
     valid, facing = clip["valid"], world.sub.facing
-    real = torch.where(torch.from_numpy(valid)[:, None, :, None], states_of(
-        *(torch.from_numpy(clip[k]) for k in ("positions", "orientation", "alive")), facing), 0)
+    places, ways, alive = (torch.from_numpy(clip[k])
+                           for k in ("positions", "orientation", "alive"))
+    real = torch.where(torch.from_numpy(valid)[:, None, :, None],
+                       states_of(places, ways, alive, facing), 0)
     frames = view(clip["frames"])
     latents = torch.stack([world.encode(np.ascontiguousarray(frames[:, k]))
                            for k in range(context)], 1)
