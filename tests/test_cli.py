@@ -33,7 +33,7 @@ def test_an_option_given_twice_keeps_all_its_values():
                      "--policy=noop", "--episodes", "3"])
     assert command.policy == ("a.zip", "b.py:make", "random", "noop")
     assert command.real and command.episodes == 3
-    assert parse(["train", "--set", "gamma=0.9", "--seed", "1", "--set", "n_epochs=4"]).set == (
+    assert parse(["train", "--out", "x", "--set", "gamma=0.9", "--set", "n_epochs=4"]).set == (
         "gamma=0.9", "n_epochs=4")
     assert parse(["evaluate", "--policy", "x"]).policy == ("x",)
 
