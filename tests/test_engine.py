@@ -437,7 +437,7 @@ def test_fuzz(world):
 
 def test_the_fuzz_finds_noise_that_depends_on_the_batch(world, monkeypatch):
     def spoiled(keys, number, shape, device):
-        return normal(keys, number, shape, device) + torch.arange(len(keys)).reshape(-1, 1, 1, 1, 1)
+        return normal(keys, number, shape, device) + torch.arange(len(keys)).reshape(-1, 1, 1, 1)
 
     monkeypatch.setattr(worldgym.engine, "normal", spoiled)
     assert fuzz(world, 1, 8)["failures"] > 0
