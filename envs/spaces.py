@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
-from worldgym.actions import ActionSpec
+from worldgym.actions import ActionSpec, part_of
 from worldgym.errors import ActionError, ConfigError, DTypeError, ShapeError
 from worldgym.spec import WorldSpec
 
@@ -107,16 +107,7 @@ def join_parts(spec: ActionSpec, actions: Any) -> np.ndarray:
                           "flat_actions=True")
     columns = []
     for name, kind, count in spec.parts:
-        try:
-            part = np.asarray(to_numpy(actions[name]))
-        except ValueError:  # ragged
-            part = np.asarray(None)
-        if part.dtype.kind not in "iufb":
-            raise ActionError(f"{name} are not numeric", given=repr(actions[name])[:60],
-                              expected=f"{count} numbers", fix="pass numbers")
-        if part.shape[-1:] != (count,):
-            raise ShapeError(f"{name} have the wrong shape", given=part.shape,
-                             expected=f"(..., {count})", fix="sample from env.action_space")
+        part = part_of(name, actions[name], count)
         if kind == "multi_binary" and not np.isin(part, (0, 1)).all():
             raise ActionError(f"{name} are neither 0 nor 1", given=part.ravel()[:8].tolist(),
                               expected="0 or 1", fix="round the policy's output")

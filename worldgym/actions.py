@@ -139,3 +139,22 @@ class ActionSpec:
         if null is not None:
             out[np.asarray(null, bool)] = np.eye(self.features, dtype=np.float32)[-1]
         return out
+
+
+def part_of(name: str, value: Any, count: int) -> np.ndarray:
+    """A named part of an action, (..., count) numbers, or an error that names it.
+
+    Raises:
+        ActionError: not numbers, or ragged. ShapeError: not ``count`` of them.
+    """
+    try:
+        part = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    except ValueError:  # ragged
+        part = np.asarray(None)
+    if part.dtype.kind not in "iufb":
+        raise ActionError(f"{name} are not numeric", given=repr(value)[:60],
+                          expected=f"{count} numbers", fix="sample from env.action_space")
+    if part.shape[-1:] != (count,):
+        raise ShapeError(f"{name} have the wrong shape", given=part.shape,
+                         expected=f"(..., {count})", fix="sample from env.action_space")
+    return part

@@ -174,7 +174,11 @@ def value_fingerprint(nano: Any, part: str = "") -> str:
 
 def fresh(cfg: NanoConfig, seed: int = 0) -> Nano:
     """Untrained weights that depend on ``seed`` alone."""
-    nano = Nano(cfg)
+    return seeded(Nano(cfg), seed)
+
+
+def seeded(nano: Any, seed: int) -> Any:
+    """The same module (with ``dynamics``) with untrained weights that depend on ``seed`` alone."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in nano.named_parameters():
         if p.ndim > 1:

@@ -127,15 +127,7 @@ class PartyNano(nn.Module):
 
 def fresh(cfg: PartyNanoConfig, seed: int = 0) -> PartyNano:
     """Untrained weights that depend on ``seed`` alone."""
-    made = PartyNano(cfg)
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in made.named_parameters():
-        if p.ndim > 1:
-            nn.init.xavier_uniform_(p.flatten(1) if p.ndim == 5 else p, generator=generator)
-        elif name.endswith("bias"):
-            nn.init.zeros_(p)
-    made.dynamics.initialize(generator)
-    return made
+    return nano.seeded(PartyNano(cfg), seed)
 
 
 def tiny(seed: int = 0, lively: bool = True, games: int = 2, slots: int = 4,

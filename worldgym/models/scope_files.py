@@ -10,7 +10,7 @@ host memory, because the text encoder is needed before the network and can be le
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from worldgym import checkpoint
 from worldgym.errors import CheckpointError, ConfigError, WorldGymError
 from worldgym.models import umt5, wan_vae
+from worldgym.models.published import Part
 from worldgym.models.scope import MARK, ScopeConfig, ScopeDiT, is_scope
 from worldgym.spec import Licence
-from worldgym.weightfile import INDEX_SUFFIX, WeightFile, open_weights
+from worldgym.weightfile import INDEX_SUFFIX, open_weights
 
 INDEX, SINGLE = "model" + INDEX_SUFFIX, "SCOPE.safetensors"
 FILES = {"text encoder": "models_t5_umt5-xxl-enc-bf16.pth", "autoencoder": "Wan2.2_VAE.pth"}
@@ -47,56 +48,19 @@ def layout_fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
     return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One part of the folder: opened, or why it is not there.
+class ScopePart(Part):
+    """One part of the folder, told by the fingerprint of its layout."""
 
-    ``shapes``: tensors under their plain names.
-    """
-
-    name: str
-    path: Path
-    file: WeightFile | None = None
-    trouble: WorldGymError | None = None
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def look(cls, name: str, path: Path) -> "Part":
-        """Open the headers; nothing is loaded."""
-        try:
-            file = open_weights(path)
-        except WorldGymError as error:
-            return cls(name, path, trouble=error)
-        plain = checkpoint.plain_names(list(file.entries))
-        return cls(name, path, file, None,
-                   {plain[n]: e.shape for n, e in file.entries.items()})
-
-    def need(self) -> WeightFile:
-        """The opened file, or the error that says what is wrong with it."""
-        if self.file is None:
-            assert self.trouble is not None
-            raise self.trouble
-        return self.file
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in all tensors."""
-        return sum(torch.Size(s).numel() for s in self.shapes.values())
-
-    def facts(self) -> dict[str, Any]:
-        """What ``worldgym inspect`` says about it."""
-        if self.file is None:
-            return {"missing": str(self.trouble)}
+    def known(self) -> dict[str, Any]:
         print_ = layout_fingerprint(self.shapes)
         known = PUBLISHED.get(print_, "other sizes than published")
         if print_ not in PUBLISHED and len(self.shapes) == PUBLISHED_TENSORS[self.name]:
             known = "as many tensors as published, but other names or shapes"
-        return {
-            "files": [f.name for f in self.file.files], "tensors": len(self.shapes),
-            "parameters": self.parameters, "fingerprint": print_, "layout": known,
-            "dtypes": sorted({str(e.dtype).removeprefix("torch.")
-                              for e in self.file.entries.values()}),
-            "bytes_in_bfloat16": 2 * self.parameters}
+        return {"fingerprint": print_, "layout": known}
+
+    def facts(self) -> dict[str, Any]:
+        found = super().facts()
+        return found if self.file is None else found | {"bytes_in_bfloat16": 2 * self.parameters}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +73,13 @@ class ScopeFolder:
     """
 
     path: Path
-    network: Part
-    text_encoder: Part
-    autoencoder: Part
+    network: ScopePart
+    text_encoder: ScopePart
+    autoencoder: ScopePart
     hints: Mapping[str, Any]
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[ScopePart, ...]:
         """Network, text encoder, autoencoder."""
         return self.network, self.text_encoder, self.autoencoder
 
@@ -204,10 +168,10 @@ def find(path: str | Path) -> ScopeFolder | None:
     shards = sorted(path.glob("model-*-of-*.safetensors")) if path.is_dir() else []
     if not names and not shards:
         return None
-    network = Part.look("network", path / (names[0] if names else shards[0].name))
+    network = ScopePart.look("network", path / (names[0] if names else shards[0].name))
     if not names:  # shards without their index cannot be told complete
         known = network.shapes
-        network = Part("network", path / INDEX, trouble=CheckpointError(
+        network = ScopePart("network", path / INDEX, trouble=CheckpointError(
             "shard index is missing", given=f"{len(shards)} shards without {INDEX}",
             expected=INDEX, fix="download the index from the same revision"))
     else:
@@ -215,7 +179,7 @@ def find(path: str | Path) -> ScopeFolder | None:
     if not any(n == MARK or ".action_attn." in n for n in known) or (
             network.shapes and not is_scope(network.shapes)):
         return None
-    parts = {name: Part.look(name, path / file) for name, file in FILES.items()}
+    parts = {name: ScopePart.look(name, path / file) for name, file in FILES.items()}
     return ScopeFolder(path, network, parts["text encoder"], parts["autoencoder"],
                        _hints(path / CONFIG))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from worldgym.actions import ActionSpec
+from worldgym.actions import ActionSpec, part_of
 from worldgym.errors import ActionError, ShapeError
 
 BUTTONS, STICKS, BINS = 12, 4, 11
@@ -90,16 +90,7 @@ def from_controller(action: Any) -> np.ndarray:
                           fix="sample from env.action_space")
     parts = []
     for name, count, low in (("buttons", PRESSED, 0), ("sticks", STICKS, -1)):
-        try:
-            part = np.asarray(action[name])
-        except ValueError:  # ragged
-            part = np.asarray(None)
-        if part.dtype.kind not in "iufb":
-            raise ActionError(f"{name} are not numbers", given=repr(action[name])[:60],
-                              expected=f"{count} numbers", fix="sample from env.action_space")
-        if part.shape[-1:] != (count,):
-            raise ShapeError(f"{name} have the wrong shape", given=part.shape,
-                             expected=f"(..., {count})", fix="sample from env.action_space")
+        part = part_of(name, action[name], count)
         whole = name == "sticks" or np.isin(part, (0, 1)).all()
         if not whole or not ((part >= low) & (part <= 1)).all():
             raise ActionError(f"{name} outside their space", given=part.ravel()[:8].tolist(),

@@ -11,7 +11,7 @@ torch files go through ``weights_only``.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from worldgym import checkpoint
-from worldgym.errors import CheckpointError, ConfigError, WorldGymError
+from worldgym.errors import CheckpointError, ConfigError
 from worldgym.models import umt5, wan_vae
 from worldgym.models.hunyuan import HunyuanConfig, HunyuanDiT
+from worldgym.models.published import Part
 from worldgym.models.scope import ScopeConfig
 from worldgym.models.wan import WanConfig, WanDiT
 from worldgym.models.worldplay import WorldPlayDiT, config_of
 from worldgym.models.worldplay_names import is_added, native_name
 from worldgym.spec import Licence
-from worldgym.weightfile import WeightFile, open_weights
 
 WAN, BACKBONE = "wan_distilled_model", "wan_transformer"
 HUNYUAN = ("ar_distilled_action_model", "ar_rl_model", "ar_model", "bidirectional_model")
@@ -41,56 +41,28 @@ LICENCE = Licence(name="Tencent HY-WorldPlay community licence", may_ship_weight
 TERMS = "outputs may not be used to improve any other AI model"
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """One set of weights of the folder: opened, or why it cannot be.
+@dataclass(frozen=True)
+class Weights(Part):
+    """One set of weights of the folder; ``kind``: "wan", "backbone", "hunyuan" or a part's name."""
 
-    ``kind``: "wan", "backbone" or "hunyuan"; ``shapes``: tensors under our network's names.
-    """
-
-    name: str
-    kind: str
-    path: Path
-    file: WeightFile | None = None
-    trouble: WorldGymError | None = None
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kind: str = ""
 
     @classmethod
-    def look(cls, name: str, kind: str, folder: Path) -> "Weights":
-        """Open the headers of the folder's weight file."""
+    def within(cls, name: str, kind: str, folder: Path) -> "Weights":
+        """The folder's weight file; tensors under our network's names."""
         path = next((folder / f for f in FILES if (folder / f).is_file()), folder / FILES[0])
-        try:
-            file = open_weights(path, part="generator" if path.suffix == ".pt" else None)
-        except WorldGymError as error:
-            return cls(name, kind, path, trouble=error)
-        plain = checkpoint.plain_names(list(file.entries))
-        rename = native_name if kind in ("wan", "backbone") else str
-        return cls(name, kind, path, file, None,
-                   {rename(plain[n]): e.shape for n, e in file.entries.items()})
+        return cls.look(name, path, "generator" if path.suffix == ".pt" else None,
+                        native_name if kind in ("wan", "backbone") else str, kind=kind)
 
-    def need(self) -> WeightFile:
-        """The opened file, or the error that says what is wrong with it."""
-        if self.file is None:
-            assert self.trouble is not None
-            raise self.trouble
-        return self.file
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in all tensors."""
-        return sum(torch.Size(s).numel() for s in self.shapes.values())
-
-    def facts(self) -> dict[str, Any]:
-        """What ``worldgym inspect`` says about it."""
-        if self.file is None:
-            return {"missing": str(self.trouble)}
+    def known(self) -> dict[str, Any]:
         want = PARAMETERS.get(self.kind)
         fits = "as published" if want == self.parameters else "other sizes than published"
-        return {"files": [f.name for f in self.file.files], "tensors": len(self.shapes),
-                "parameters": self.parameters, **({"layout": fits} if want else {}),
-                "dtypes": sorted({str(e.dtype).removeprefix("torch.")
-                                  for e in self.file.entries.values()}),
-                "GiB_in_bfloat16": round(2 * self.parameters / 2**30, 3)}
+        return {"layout": fits} if want else {}
+
+    def facts(self) -> dict[str, Any]:
+        found = super().facts()
+        return found if self.file is None else found | {
+            "GiB_in_bfloat16": round(2 * self.parameters / 2**30, 3)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +166,11 @@ def find(path: str | Path, companions: str | Path | None = None) -> WorldPlayFol
     if not found and not (path / BACKBONE).is_dir():
         return None
     beside = Path(companions) if companions is not None else path
-    parts = {n: Weights.look(n, "wan" if n == WAN else "hunyuan", path / n) for n in found}
+    parts = {n: Weights.within(n, "wan" if n == WAN else "hunyuan", path / n) for n in found}
     if (path / BACKBONE).is_dir():
-        parts[BACKBONE] = Weights.look(BACKBONE, "backbone", path / BACKBONE)
+        parts[BACKBONE] = Weights.within(BACKBONE, "backbone", path / BACKBONE)
     for name, folder in PARTS.items():
-        parts[name] = Weights.look(name, name, beside / folder)
+        parts[name] = Weights.within(name, name, beside / folder)
     return WorldPlayFolder(path, parts, beside, _hints(path / BACKBONE / "config.json"))
 
 
