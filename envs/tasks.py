@@ -120,12 +120,13 @@ class Task:
 def _load(folder: str, stamp: int, device: str,
           temperature: float | None) -> tuple[Any, Any, dict]:
     from worldgym.data.starts import StartBank
-    from worldgym.models import nano
+    from worldgym.models import nano, wham_nano
 
     changes = {} if temperature is None else {"temperature": temperature}
-    world = nano.load(Path(folder), device, **changes)
-    starts = StartBank.load(Path(folder) / "starts.safetensors")
     described = json.loads((Path(folder) / "world.json").read_text())
+    files: Any = wham_nano if described.get("kind") == wham_nano.KIND else nano
+    world = files.load(Path(folder), device, **changes)
+    starts = StartBank.load(Path(folder) / "starts.safetensors")
     return world, starts, dict(described.get("task", {}))
 
 

@@ -19,7 +19,7 @@ def test_the_published_order_gives_the_same_tokens():
     state = bench_wham.begin(world, 2, 3)
     action = np.stack([wham_actions.NEUTRAL] * 2)
     taken = state.extra["taken_BFA"].clone()
-    taken[:, -1] = world._features(action)
+    taken[:, -1] = world.features(action)
     ids = model.sequence(state.history_BKChw[:, -3:].flatten(2), taken[:, -3:])
     want = bench_wham.PublishedOrder(model, GREEDY).frame(ids, torch.full((2, 99), 0.5).double())
     new, chunk = world.step(state, action)

@@ -310,7 +310,7 @@ class World:
 
     def _controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
         """Action features (n, A) of what was given to ``step`` for these slots, checked."""
-        return self._features(self.spec.action.check(raw, len(index)))
+        return self.features(self.spec.action.check(raw, len(index)))
 
     def _dense_controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
         """The same of one action per pixel frame, (n, frames, ...): (n, A), or (n, F, A) with
@@ -326,9 +326,10 @@ class World:
         flat = np.zeros(actions.shape, self.spec.action.dtype)
         if not unused.all():
             flat[~unused] = self.spec.action.check(actions[~unused])
-        return self._features(flat, unused)
+        return self.features(flat, unused)
 
-    def _features(self, actions: np.ndarray, null: np.ndarray | None = None) -> Tensor:
+    def features(self, actions: np.ndarray, null: np.ndarray | None = None) -> Tensor:
+        """What the network is told of checked actions (n, *shape), (n, A); ``null`` rows: none."""
         return torch.from_numpy(self.spec.action.encode(actions, null)).to(self.device)
 
     def _condition(self, features_BFA: Tensor) -> Tensor:
