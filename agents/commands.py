@@ -59,6 +59,7 @@ class Fit:
     Args:
         data: folder that ``worldgym collect`` wrote.
         out: world folder to make.
+        dynamics: nano, or wham: a small WHAM, world and players in one (no init, clip).
         init: world folder to start from; its codec stays.
         name: name of the world.
         codec_iterations: length of the codec's training.
@@ -68,18 +69,22 @@ class Fit:
         clip: frames per clip.
         width: model width.
         layers: blocks of the network.
-        patch: latent cells of a token, height and width.
-        window: frames the model sees.
+        patch: latent cells of a token, height and width (wham: pixels).
+        window: frames the model sees (wham: and actions).
         temperature: of the sampler's noise; above 1 what is rare happens more often.
         ahead: steps that the danger looks ahead.
         quick: fifty iterations of each part, to try the machinery.
         seed: seed of data order, noise and first weights.
         device: cpu or cuda.
         shard: shard the network over processes under torchrun.
+        codes: wham: size of the codebook.
+        tokenizer: wham: vit, or conv for square frames.
+        slide: wham: frames dropped at once from a full window; above 1 faster.
     """
 
     data: str
     out: str
+    dynamics: str = "nano"
     init: str | None = None
     name: str | None = None
     codec_iterations: int | None = None
@@ -97,14 +102,26 @@ class Fit:
     seed: int = 0
     device: str = "cpu"
     shard: bool = False
+    codes: int | None = None
+    tokenizer: str | None = None
+    slide: int | None = None
 
     def run(self) -> None:
         """Fit."""
         from worldgym.agents.games import remember_task
         from worldgym.train.fit import FitConfig, fit
+        from worldgym.train.fit_wham import FitWhamConfig
 
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        folder = fit(FitConfig(**{k: v for k, v in given.items() if v is not None}))
+        configs = {"nano": FitConfig, "wham": FitWhamConfig}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "dynamics"}
+        given = {k: v for k, v in given.items() if v is not None}
+        config = configs.get(self.dynamics)
+        known = {f.name for f in fields(config)} if config else set()
+        if config is None or not set(given) <= known:
+            raise ConfigError("these dynamics cannot be fitted so", fix="leave the others out",
+                              given=f"{self.dynamics} with {sorted(set(given) - known)}",
+                              expected=f"one of {list(configs)}, with its own settings")
+        folder = fit(config(**given))
         if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes the card
             return
         task = remember_task(self.data, folder)

@@ -134,6 +134,11 @@ def train_in_dream(task: Any, config: TrainConfig, folder: str | Path, *,
                            fix="train a world of your own with `worldgym fit`, or state that you "
                            "hold the right (right_to_train=True, --right-to-train)")
 
+    if config.observation == "latent" and not _numbers(task.world):
+        raise ConfigError("this world's latents are ids, nothing to learn from as numbers",
+                          given='observation "latent"', expected='observation "frame"',
+                          fix="train with --observation frame")
+
     def make() -> Any:
         return DreamVecEnv(task, config.envs, observation=config.observation,
                            frame_stack=config.frame_stack)
@@ -146,6 +151,11 @@ def train_in_dream(task: Any, config: TrainConfig, folder: str | Path, *,
     if not licence.may_train_on_outputs:
         facts["right_to_train"] = f"stated by the user; {licence.name} as published forbids it"
     return train(make, config, folder, facts)
+
+
+def _numbers(world: Any) -> bool:
+    """Whether latents are numbers rather than names."""
+    return getattr(getattr(world, "latent_dtype", None), "is_floating_point", True)
 
 
 def train_in_game(make_game: Callable[[], Any], action: ActionSpec, frame_hw: tuple[int, int],

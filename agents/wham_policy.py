@@ -128,18 +128,18 @@ def fitted(frames_NHWC: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
 
 def wham_policy(model: Any, action: ActionSpec = wham_actions.SPEC, world: Any = None,
                 **settings: Any) -> WhamPolicy:
-    """The behaviour policy of a WHAM file.
+    """The behaviour policy of a WHAM file or folder.
 
     Args:
-        model: published ``.ckpt``, or what ``worldgym convert`` wrote.
-        action: the game's actions; those of a controller.
+        model: published ``.ckpt``, or what ``worldgym convert`` wrote; or a small WHAM's folder.
+        action: the game's actions; as published, those of a controller.
         world: the world that is played in; a dream of the same file shows the policy its ids.
         settings: as for ``worldgym.envs.wham.open_world`` (temperature, top_k, size, device, ...).
     """
     from worldgym.envs.wham import open_world
 
     own = open_world(model, **settings)
-    same = getattr(getattr(world, "model", None), "tokenizer", None) is own.model.tokenizer
+    same = getattr(world, "weights", None) == own.weights
     return WhamPolicy(own, action, name=f"wham:{model}", latents=same)
 
 

@@ -1,7 +1,7 @@
 """WHAM as one module: image tokeniser, GPT, and the layout of its token sequence.
 
-Shapes: B row, F frame, I image tokens of a frame, A action tokens (16, those of a controller, in the
-published models), S = I + A tokens of a step, T token. A sequence is [image 0, action 0, image 1,
+Shapes: B row, F frame, I image tokens of a frame, A action tokens (as published 16, those of a
+controller), S = I + A tokens of a step, T token. A sequence is [image 0, action 0, image 1,
 action 1, ...]; image ids come first in the vocabulary, action ids after them (specs/wham.md
 sections 0, 3, 4 and 6).
 """

@@ -1,7 +1,7 @@
 """A small WHAM of our own: the published classes at a small size, with reward and end, as a folder.
 
 A world folder holds ``world.safetensors`` (tokeniser, transformer and outcome heads),
-``world.json`` (configuration, provenance, metrics) and ``starts.safetensors``, as those of ``nano``.
+``world.json`` (configuration, provenance, metrics) and ``starts.safetensors``, as ``nano``'s does.
 Shapes: B slot, K past frame, Z code width, h w token grid, A action tokens.
 """
 
@@ -23,7 +23,7 @@ from worldgym.models.gpt import GPT, GPTConfig
 from worldgym.models.outcome import Outcome, OutcomeConfig
 from worldgym.models.sampling import Sampling
 from worldgym.models.vqgan import Tokenizer
-from worldgym.models.wham import TOKENIZERS, Wham, WhamConfig
+from worldgym.models.wham import Wham, WhamConfig
 from worldgym.models.wham_world import WhamWorld
 from worldgym.spec import Licence
 
@@ -106,9 +106,10 @@ class WhamNano(nn.Module):
         self.cfg = cfg
         self.wham = Wham(cfg.wham)
         width = self.codec.codes().shape[1]
-        if width != cfg.code_width:
-            raise ConfigError("heads do not fit the tokeniser", given=f"code_width {cfg.code_width}",
-                              expected=width, fix="give the width of the tokeniser's codes")
+        if width != cfg.code_width or cfg.outcome_frames > cfg.window:
+            raise ConfigError("heads do not fit the model", fix="correct the configuration",
+                              given=f"code_width {cfg.code_width}, {cfg.outcome_frames} frames",
+                              expected=f"code_width {width}, at most {cfg.window} frames")
         self.outcome = Outcome(OutcomeConfig(
             latent_chw=(cfg.code_width, *self.codec.grid_hw), action_features=cfg.action.features,
             frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members,

@@ -1,13 +1,13 @@
 """WHAM as a world of the engine: a state is ids, and pages of keys while the window grows.
 
-Shapes: B slot, G slot of one group, P page, F frame of the history, A action tokens, I image tokens,
-S = I + A, L layer, N heads, E head width.
+Shapes: B slot, G slot of one group, P page, F frame of the history, A action tokens, I image
+tokens, S = I + A, L layer, N heads, E head width.
 
 Positions are learned and absolute, so keys and values are good only while a window grows from its
 first token. A page holds what one step computes: the last image token and the action of frame f - 1
 and all but the last image token of frame f, S tokens in all; the first page of a window begins with
-``tail`` = A + 1 empty places. Once a window is full the next step drops its oldest frames and computes it
-anew, so no pages are kept for it and the state is a few hundred integers.
+``tail`` = A + 1 empty places. Once a window is full the next step drops its oldest frames and
+computes it anew, so no pages are kept for it and the state is a few hundred integers.
 """
 
 from collections.abc import Iterator
@@ -100,7 +100,8 @@ class WhamWorld(World):
         self.extra = {"taken_BFA": ((self.history, model.actions.count), torch.int64)}
         self.table_rows = 1
         options = f"window {self.window}, slide {slide}, diagonal {diagonal}"
-        self.fingerprint = f"{fingerprint or checkpoint.fingerprint(model)} {options}"
+        self.weights = fingerprint or checkpoint.fingerprint(model)  # equal: ids mean the same
+        self.fingerprint = f"{self.weights} {options}"
         self.pool = PagePool(
             PageSpec(layers=cfg.n_layer, heads=cfg.n_head, head_dim=cfg.n_embd // cfg.n_head,
                      tokens=model.step_tokens, dtype=next(model.gpt.parameters()).dtype),
@@ -163,8 +164,9 @@ class WhamWorld(World):
             ids, proposed = diagonal(model, groups, x, choose, self.lead, guess), None
         back = torch.from_numpy(np.argsort(order)).to(self.device)
         tables = self._keep(state, order, groups, pairs)
-        new = ids.new_full((len(ids), 1, self.tail - 1), -1) if proposed is None else proposed[:, None]
-        extra = {"taken_BFA": torch.cat([taken[:, 1:], new[back]], 1)}
+        if proposed is None:
+            proposed = ids.new_full((len(ids), self.tail - 1), -1)
+        extra = {"taken_BFA": torch.cat([taken[:, 1:], proposed[back][:, None]], 1)}
         return ids[back].view(-1, 1, *self.spec.latent_chw), extra, tables
 
     def _actor(self, keys_B4: np.ndarray, ahead: int):

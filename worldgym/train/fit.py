@@ -100,6 +100,7 @@ class Fit(Stages):
     """One fitting run."""
 
     files: Any = nano  # how a world is written and read
+    command = "worldgym fit"
 
     def __init__(self, cfg: FitConfig, group: Group | None = None) -> None:
         super().__init__(cfg, group or Group(device=torch.device(cfg.device)))
@@ -326,7 +327,7 @@ class Fit(Stages):
         cfg, data = self.cfg, self.episodes
         returns = [float(data.episode(i)["rewards"].sum()) for i in range(len(data))]
         return {
-            "command": command(cfg), "config": asdict(cfg), "seed": cfg.seed,
+            "command": command(cfg, self.command), "config": asdict(cfg), "seed": cfg.seed,
             "real_steps_used": int(data.steps), "episodes": len(data), "env": data.env,
             "mean_recorded_return": float(np.mean(returns)),
             "policies": dict(Counter(data.policies)), "training_seconds": self.seconds,

@@ -30,7 +30,7 @@ class FitWhamConfig(FitConfig):
     clip and of the longest window; ``patch``: pixels of a token (height, width; equal); ``codes``,
     ``code_width``: the codebook; ``tokenizer``: "vit", or "conv" for square frames;
     ``tokenizer_width``, ``tokenizer_layers``: of each of its halves; ``slide``: frames that the
-    world drops at once from a full window. ``init``, ``clip``, ``alone_share``, ``steps``: not here.
+    world drops at once from a full window. Not here: ``init``, ``clip``, ``steps``.
     """
 
     codec_iterations: int = 4000
@@ -73,6 +73,7 @@ class FitWham(Fit):
     nano: WhamNano
     cfg: FitWhamConfig
     files = wham_nano
+    command = "worldgym fit --dynamics wham"
 
     def _network(self) -> WhamNano:  # type: ignore[override]
         cfg, data = self.cfg, self.episodes
@@ -85,7 +86,8 @@ class FitWham(Fit):
         return wham_nano.fresh(WhamNanoConfig(
             name=cfg.name or Path(cfg.out).resolve().name, wham=wham, code_width=cfg.code_width,
             fps=data.fps, temperature=cfg.temperature, slide=cfg.slide,
-            outcome_ahead=cfg.ahead or 0, reward_range=self._reward_range()), cfg.seed)
+            outcome_frames=min(4, cfg.window), outcome_ahead=cfg.ahead or 0,
+            reward_range=self._reward_range()), cfg.seed)
 
     def _codec(self, iterations: int) -> None:
         rows, group, median_CHW = self._image_rows(self.train_ids), self.group, self._median()

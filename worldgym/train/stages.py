@@ -134,7 +134,10 @@ class Stages:
                make: Callable[[Tensor, Any], dict[str, Tensor]],
                shapes: dict[str, tuple[tuple[int, ...], Any]]) -> list[np.ndarray]:
         """Arrays (R, *shape) of dtype, one for each entry of ``shapes``, on disk: what
-        ``make(frames, prepare())`` says of all rows. Made once for a ``tag``, kept in ``folder``."""
+        ``make(frames, prepare())`` says of all rows.
+
+        Made once for a ``tag`` and kept in ``folder``.
+        """
         start = time.perf_counter()
         mark = folder / "latents.json"
         known = json.loads(mark.read_text()) if mark.exists() else {}
