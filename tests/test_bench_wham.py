@@ -46,6 +46,12 @@ def test_windows_of_a_cycle():
     assert sorted(bench_wham.windows(4)) == [(6, 0), (7, 7), (8, 8), (9, 9)]
 
 
+def test_five_hundred_frames_take_no_memory():
+    model = tiny(torch.Generator().manual_seed(0), hw=(4, 8), width=16, layers=1)
+    rows = {r.metric: r.value for r in bench_wham.soak(model, 500)}
+    assert rows["memory_growth"] < 0.02 and rows["late_over_early"] < 2
+
+
 def test_rows_of_a_short_run():
     model = tiny(torch.Generator().manual_seed(0), hw=(8, 12))
     rows = {r.metric: r for r in [*bench_wham.soak(model, 120), *bench_wham.speed(model, "x", 0.0),

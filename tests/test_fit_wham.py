@@ -193,7 +193,7 @@ def test_the_convolutional_tokeniser_and_other_actions(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [
-    {"patch": (8, 4)}, {"window": 1}, {"codes": 0}, {"slide": 3}, {"init": "x"}, {"codes": 2**16},
+    {"patch": (8, 4)}, {"window": 1}, {"codes": 0}, {"slide": 3}, {"init": "x"}, {"steps": (1000.0,)}, {"codes": 2**16},
     {"layers": 0}])
 def test_impossible_settings_are_refused(tmp_path, bad):
     with pytest.raises(ConfigError):
@@ -214,7 +214,7 @@ def test_the_command_line(made, tmp_path, capsys):
     run = parse(["fit", "--dynamics", "wham", "--data", str(data), "--out", str(tmp_path / "w"),
                  "--codes", "8", "--quick"])
     assert run.dynamics == "wham" and run.codes == 8
-    for words in (["--dynamics", "nano", "--codes", "8"], ["--dynamics", "wham", "--clip", "8"],
+    for words in (["--dynamics", "nano", "--codes", "8"], ["--dynamics", "wham", "--clip", "9"],
                   ["--dynamics", "dreamer"]):
         wrong = parse(["fit", "--data", str(data), "--out", str(tmp_path / "w"), *words])
         with pytest.raises(ConfigError):

@@ -274,9 +274,11 @@ class World:
                extra: dict[str, Tensor]) -> tuple[Chunk, dict[str, Tensor]]:
         """The chunk with its rewards and ends, and what else the next state keeps."""
         end_B, rewards_B2, danger_B = self._outcome(state, action_BA)
-        draw = uniform(state.keys_B4, PASSES["end"], 1).numpy()[:, 0]
         chance = end_B.double().cpu().numpy()
-        terminated = draw < chance
+        draw = None  # nothing is drawn where nothing can end
+        if self.outcome is not None:
+            draw = uniform(state.keys_B4, PASSES["end"], 1).numpy()[:, 0]
+        terminated = np.zeros(len(chance), bool) if draw is None else draw < chance
         rewards = rewards_B2.cpu().numpy()
         reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)
         b, last = len(latents_BFChw), self.spec.frames_per_chunk - 1

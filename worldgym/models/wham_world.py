@@ -152,10 +152,11 @@ class WhamWorld(World):
         pairs = self._pairs(state)
         order, groups = self._groups(state, pairs, taken, model.image_tokens - 1 + (
             self.tail if self.propose else 0))
-        u = uniform(keys[order], PASSES["image"], model.image_tokens, self.device)
+        keys = keys[order]
+        u = uniform(keys, PASSES["image"], model.image_tokens, self.device)
         choose, act = sampler(self.sampling, u), None
         if self.propose:
-            act = self._actor(keys[order], 1)
+            act = self._actor(keys, 1)
         x = prefill(model, groups)
         if self.lead is None:
             ids, proposed = raster(model, groups, x, choose, act, self.watch)

@@ -5,7 +5,7 @@ that the same weights are the world and its players. Everything else is as in ``
 Shapes: B clip, F frame, R row of the data, K past frame, A action tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from worldgym.models.wham_nano import WhamNano, WhamNanoConfig
 from worldgym.train.fit import Fit, FitConfig
 from worldgym.train.stages import CODEC_BATCH
 
+UNUSED = ("init", "clip", "alone_share", "steps")
 USAGE, STRAIGHT = 0.1, 0.5  # weights of the codes' even use and of the code and commitment loss
 
 
@@ -62,9 +63,11 @@ class FitWhamConfig(FitConfig):
                               f"codes, code width, tokeniser width and layers, slide {numbers}, "
                               f"patch {patch}", expected="numbers >= 1, a square patch, at most "
                               "32768 codes, a slide below the window", fix="leave them out")
-        if self.init is not None or self.steps is not None:
-            raise ConfigError("a small WHAM is fitted anew", given=f"init {self.init}, steps "
-                              f"{self.steps}", expected="neither", fix="leave them out")
+        other = {f.name: getattr(self, f.name) for f in fields(FitConfig)
+                 if f.name in UNUSED and getattr(self, f.name) != f.default}
+        if other:
+            raise ConfigError("settings of nano that a small WHAM has not", given=other,
+                              expected="none of them", fix="leave them out")
 
 
 class FitWham(Fit):
@@ -108,7 +111,8 @@ class FitWham(Fit):
             return picture + STRAIGHT * straight + USAGE * usage, {
                 "mse": float(error.detach().mean()), "codes_in_use": float(perplexity.detach())}
 
-        about = {"codes": [self.cfg.codes, self.cfg.code_width], "weights": [USAGE, STRAIGHT]}
+        about = {"codes": [self.cfg.codes, self.cfg.code_width], "weights": [UNUSED = ("init", "clip", "alone_share", "steps")
+USAGE, STRAIGHT]}
         loop = self.loop("codec", iterations, about, lr=1e-3, decay=0.4, weight_decay=0.0)
         loop.run(sample, loss, self.cfg.tensorboard)
         self.finish(loop)
