@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from worldgym import noise
 from worldgym.noise import PASSES, normal, philox, uniform
 
 # Random123, kat_vectors: counter, key, output of philox4x32-10

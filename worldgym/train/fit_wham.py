@@ -111,8 +111,7 @@ class FitWham(Fit):
             return picture + STRAIGHT * straight + USAGE * usage, {
                 "mse": float(error.detach().mean()), "codes_in_use": float(perplexity.detach())}
 
-        about = {"codes": [self.cfg.codes, self.cfg.code_width], "weights": [UNUSED = ("init", "clip", "alone_share", "steps")
-USAGE, STRAIGHT]}
+        about = {"codes": [self.cfg.codes, self.cfg.code_width], "weights": [USAGE, STRAIGHT]}
         loop = self.loop("codec", iterations, about, lr=1e-3, decay=0.4, weight_decay=0.0)
         loop.run(sample, loss, self.cfg.tensorboard)
         self.finish(loop)
