@@ -303,6 +303,10 @@ class Bench:
 
             bench_scope.bench(self.out, self.seconds)
             return
+        if "/" not in self.world and not Path(self.world).exists():
+            raise ConfigError("nothing to measure", given=repr(self.world),
+                              expected=f"a world id like {TAKE_COVER}, a folder, or scope",
+                              fix="check the name")
         bench(self.world, self.out, slots=self.slots, seconds=self.seconds, long=self.long)
 
 
