@@ -21,6 +21,7 @@ from worldgym.agents import results
 from worldgym.agents.demo import PRETRAINED
 from worldgym.agents.games import game_maker, unit
 from worldgym.agents.model import load_agent
+from worldgym.agents.policy import Policy
 from worldgym.agents.results import Row
 from worldgym.agents.score import REAL_SEEDS, better, play_real
 from worldgym.agents.stats import METHOD, difference, summary
@@ -202,7 +203,8 @@ def measure(world: str | Path, data: str | Path, *, nano: str | Path, nano_agent
     rows += players(task, beside, trained, store, rows_B, steps, seed)
     if episodes:
         trained.deterministic = True
-        contestants = {"wham": wham_policy(world, task.world.spec.action), "nano": trained}
+        contestants: dict[str, Policy] = {
+            "wham": wham_policy(world, task.world.spec.action), "nano": trained}
         if agent is not None:
             contestants["wham-agent"] = load_agent(agent, world=task.world)
         played = {}

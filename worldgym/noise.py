@@ -47,8 +47,8 @@ def _words(keys_B4: np.ndarray, number: int, count: int, device: torch.device) -
     keys = np.asarray(keys_B4, dtype=np.int64)
     blocks = np.arange((count + 3) // 4)[None]
     if device.type == "cpu" and len(keys) * count <= SMALL:
-        words = np.stack(np.broadcast_arrays(*philox(*_counter(keys, blocks, number))), -1)
-        return torch.from_numpy(words.reshape(len(keys), -1)[:, :count])
+        made = np.stack(np.broadcast_arrays(*philox(*_counter(keys, blocks, number))), -1)
+        return torch.from_numpy(made.reshape(len(keys), -1)[:, :count])
     given = torch.from_numpy(keys).to(device), torch.from_numpy(blocks).to(device)
     words = torch.stack(torch.broadcast_tensors(*philox(*_counter(*given, number))), -1)
     return words.flatten(1)[:, :count]
