@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -12,12 +13,14 @@ from tests.fit_data import ACTIONS, make_store
 from worldgym.actions import ActionSpec
 from worldgym.agents import wham_rollout, wham_small
 from worldgym.agents.cli import parse
+from worldgym.agents.model import load_agent
+from worldgym.agents.score import dream_block
 from worldgym.agents.scripted import parse_policy
 from worldgym.agents.train import TrainConfig, train_in_dream
 from worldgym.data.starts import StartBank
 from worldgym.data.store import Episodes
 from worldgym.envs.make import make_dream, make_dream_vector
-from worldgym.envs.tasks import load_task
+from worldgym.envs.tasks import Task, load_task
 from worldgym.envs.wham import ID, open_world
 from worldgym.errors import CheckpointError, ConfigError
 from worldgym.models import wham_actions, wham_nano
@@ -254,9 +257,23 @@ def test_what_needs_a_controller_says_so(made):
         open_world(made[1])
 
 
-def test_agents_are_not_trained_on_names(made, tmp_path):
-    with pytest.raises(ConfigError, match="ids"):
-        train_in_dream(load_task(made[0]), TrainConfig(steps=8, envs=2), tmp_path)
+def test_an_agent_learns_in_it_from_ids(tmp_path):
+    wham = wham_nano.small(ActionSpec.discrete(3), (32, 48), seq_len=4, width=16, layers=1,
+                           codes=16, patch=16, tokenizer_width=16, tokenizer_layers=1, code_width=4)
+    world = wham_nano.fresh(wham_nano.WhamNanoConfig(name="small", wham=wham, code_width=4)).world()
+    frames = np.random.default_rng(0).integers(0, 256, (4, 32, 48, 3), np.uint8)
+    bank = StartBank.from_frames(world.encode, frames, np.zeros(4, np.int64))
+    task = Task(world=world, starts=bank)
+    config = TrainConfig(steps=16, envs=2, frame_stack=2, tensorboard=False, progress=False,
+                         hyperparameters={"n_steps": 8, "batch_size": 8, "n_epochs": 1,
+                                          "learning_rate": 1e-9})
+    agent = load_agent(train_in_dream(task, config, tmp_path).agent, world=task.world)
+    codes, table = task.world.codec.codes(), agent.policy.features_extractor.table.weight.detach()
+    torch.testing.assert_close(table, codes / codes.square().mean().sqrt(), atol=1e-5, rtol=1e-4)
+    played = dream_block(replace(task, horizon=3), [agent], [0, 1], [5, 6], seed=0)
+    assert played[0].lengths.min() >= 1
+    agent.reset(1, 0)
+    assert int(agent.act(frames[:1], 0)[0]) in (0, 1, 2)  # as in the real game
 
 
 # ------------------------------------------------------------------------------- left to itself
