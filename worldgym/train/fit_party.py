@@ -47,7 +47,8 @@ class FitPartyConfig:
     ``data``: folder of ``worldgym collect-party``; ``out``: world folder to make; ``games``: names,
     empty: all that are there. Iterations are per part; ``quick``: a minute in all.
     ``halve``: frames at half the recorded size. ``channels``: of the latents, a cell of the map
-    each; ``width``, ``layers``: of the dynamics; ``window``: frames that a step can see.
+    each; ``width``, ``layers``: of the dynamics; ``patch``: cells of a side that share a token;
+    ``window``: frames that a step can see.
     ``video_share``: of the dynamics' iterations, the video alone; ``alone_share``: those on single
     frames. ``batch``: clips of ``clip`` frames. ``state_weight``, ``position_weight``: see
     ``PartyLossConfig``. ``starts``: start states to keep of each game; ``horizon``: steps of a
@@ -71,6 +72,7 @@ class FitPartyConfig:
     channels: int = 10
     width: int = 128
     layers: int = 5
+    patch: int = 1
     window: int = 6
     steps: tuple[float, ...] = (1000.0, 850.0, 600.0)
     state_weight: float = 2.0
@@ -143,7 +145,7 @@ class FitParty(Stages):
             cells=tuple(cells), fps=first.fps, steps=cfg.steps, outcome_squash=True,
             reward_range=self._reward_range(),
             dynamics=nano_config(codec.latent_chw, len(self.stores), cfg.width, cfg.layers,
-                                 window=cfg.window, patch=(2, 2), skip=SKIP,
+                                 window=cfg.window, patch=(cfg.patch,) * 2, skip=SKIP,
                                  slots=first.agents, actions=actions, facing=True))
 
     @staticmethod
