@@ -110,7 +110,7 @@ class Wham(nn.Module):
         where it is wrapped for several processes.
         """
         ids = self.sequence(image_BFI, action_BFA)
-        told = losses((network or self.gpt)(ids[:, :-1]), ids[:, 1:])
+        told = losses((self.gpt if network is None else network)(ids[:, :-1]), ids[:, 1:])
         told = torch.nn.functional.pad(told, (1, 0)).unflatten(1, (-1, self.step_tokens))
         seen = torch.ones_like(told) if mask_BF is None else mask_BF[..., None].expand_as(told)
         told = told * seen

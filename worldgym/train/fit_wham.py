@@ -27,7 +27,7 @@ USAGE, STRAIGHT = 0.1, 0.5  # weights of the codes' even use and of the code and
 class FitWhamConfig(FitConfig):
     """What to fit to what, for how long; fields of ``FitConfig`` mean what they mean there.
 
-    The defaults take about seventy minutes on one core. ``window``: steps (frame and action) of a
+    The defaults take about eighty minutes on one core. ``window``: steps (frame and action) of a
     clip and of the longest window; ``patch``: pixels of a token (height, width; equal); ``codes``,
     ``code_width``: the codebook; ``tokenizer``: "vit", or "conv" for square frames;
     ``tokenizer_width``, ``tokenizer_layers``: of each of its halves; ``slide``: frames that the
@@ -35,7 +35,7 @@ class FitWhamConfig(FitConfig):
     """
 
     codec_iterations: int = 4000
-    dynamics_iterations: int = 6000
+    dynamics_iterations: int = 3800
     outcome_iterations: int = 2500
     batch: int = 16
     width: int | None = 160
