@@ -29,7 +29,7 @@ from worldgym.models.gpt import GPTConfig, StaticCache, causal
 from worldgym.models.sampling import Sampling, distribution, draw
 from worldgym.models.wham import SIZES, Wham, WhamConfig, tiny
 from worldgym.models.wham_decode import Group, prefill, raster, surprise
-from worldgym.models.wham_world import TAIL, WhamWorld
+from worldgym.models.wham_world import WhamWorld
 from worldgym.state import Starts
 
 NAME, STEPS = "wham-4kvocab-1.6b", 10
@@ -103,7 +103,7 @@ class _Watched(WhamWorld):
         order, groups = super()._groups(*args)
         s = self.model.step_tokens
         self.log: list[tuple[int, int]] = getattr(self, "log", [])
-        self.log += [(g.length // s, (g.known + TAIL) // s if g.known else 0) for g in groups]
+        self.log += [(g.length // s, (g.known + self.tail) // s if g.known else 0) for g in groups]
         return order, groups
 
 
@@ -147,7 +147,7 @@ def frame_flops(model: Wham, pairs: int, pages: int) -> int:
     s = model.step_tokens
     ids = torch.zeros(1, pairs * s, dtype=torch.long, device=model.gpt.device)
     cache = StaticCache(model.cfg.gpt, 1, (pairs + 1) * s, model.gpt.network().wpe)
-    groups = [Group(slice(0, 1), ids, cache, pages * s - TAIL if pages else 0)]
+    groups = [Group(slice(0, 1), ids, cache, pages * s - model.actions.count - 1 if pages else 0)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         raster(model, groups, prefill(model, groups), lambda logits, low, at: ids[:, :1])
     return counter.get_total_flops()
@@ -176,7 +176,8 @@ def counted(slide: int = 4) -> list[Row]:
         at = windows(step)
         ours = [whole(lambda model, at=pair: frame_flops(model, *at))  # type: ignore[misc]
                 for pair in at]
-        filled = np.mean([(pairs - pages) * s + TAIL * (pages > 0) for pairs, pages in at])
+        tail = wham_actions.COUNT + 1
+        filled = np.mean([(pairs - pages) * s + tail * (pages > 0) for pairs, pages in at])
         note = "steady state" if step == 1 else f"mean of a cycle of {step} frames, slide={step}"
         rows += [Row(what=what, metric=f"flops_share_{name}", value=float(np.mean(ours)) / flops,
                      unit="share", n=len(at), note=note),
@@ -286,7 +287,7 @@ def deviation(model: Wham, leads: tuple[int, ...], frames: int = 24) -> list[Row
         new, _ = world.step(state, action)
         ids = torch.cat([model.sequence(states.history_BKChw[:, -2:].flatten(2),
                                         torch.cat([state.extra["taken_BFA"][:, -2:-1],
-                                                   world._features(action)[:, None]], 1)),
+                                                   world.features(action)[:, None]], 1)),
                          new.latents_BCHW.flatten(1)], 1)
         return float(surprise(model, ids, model.image_tokens).mean())
 

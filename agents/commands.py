@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from worldgym.agents.commands_binding import Binding, LearnTiles
 from worldgym.agents.commands_clip import Clip
 from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
+from worldgym.agents.commands_fit import Fit
 from worldgym.agents.commands_report import Report
 from worldgym.agents.commands_wham import Convert, Dream
 from worldgym.agents.ladder import named
@@ -50,65 +50,6 @@ class Collect:
 
         print(record(self.env, self.out, self.steps, self.policy, seed=self.seed,
                      frame_hw=self.frame_hw, world=self.world))
-
-
-@dataclass(kw_only=True)
-class Fit:
-    """Train a world model on recorded episodes; run it again to go on after an interruption.
-
-    Args:
-        data: folder that ``worldgym collect`` wrote.
-        out: world folder to make.
-        init: world folder to start from; its codec stays.
-        name: name of the world.
-        codec_iterations: length of the codec's training.
-        dynamics_iterations: length of the dynamics' training.
-        outcome_iterations: length of the training of the reward and end heads.
-        batch: clips per iteration.
-        clip: frames per clip.
-        width: model width.
-        layers: blocks of the network.
-        patch: latent cells of a token, height and width.
-        window: frames the model sees.
-        temperature: of the sampler's noise; above 1 what is rare happens more often.
-        ahead: steps that the danger looks ahead.
-        quick: fifty iterations of each part, to try the machinery.
-        seed: seed of data order, noise and first weights.
-        device: cpu or cuda.
-        shard: shard the network over processes under torchrun.
-    """
-
-    data: str
-    out: str
-    init: str | None = None
-    name: str | None = None
-    codec_iterations: int | None = None
-    dynamics_iterations: int | None = None
-    outcome_iterations: int | None = None
-    batch: int | None = None
-    clip: int | None = None
-    width: int | None = None
-    layers: int | None = None
-    patch: tuple[int, int] | None = None
-    window: int | None = None
-    temperature: float | None = None
-    ahead: int | None = None
-    quick: bool = False
-    seed: int = 0
-    device: str = "cpu"
-    shard: bool = False
-
-    def run(self) -> None:
-        """Fit."""
-        from worldgym.agents.games import remember_task
-        from worldgym.train.fit import FitConfig, fit
-
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        folder = fit(FitConfig(**{k: v for k, v in given.items() if v is not None}))
-        if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes the card
-            return
-        task = remember_task(self.data, folder)
-        print(f"world written to {folder}; real game {task['twin']}, horizon {task['horizon']}")
 
 
 @dataclass(kw_only=True)

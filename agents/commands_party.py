@@ -274,41 +274,51 @@ class ScoreParty:
 class Rollout:
     """Record episodes of a dream or a real game with a policy per player, and film them.
 
-    Run it again to go on after an interruption.
+    Run it again to go on after an interruption. A WHAM world without policies is left to itself:
+    it draws frames and actions.
 
     Args:
-        out: folder of the recording (the format of collect-party) and of rollout.mp4.
-        env: world id or folder, or real for Melting Pot itself.
+        out: folder of the recording (the format of collect-party; WHAM: of collect) and of
+            rollout.mp4.
+        env: world id or folder, or real for Melting Pot itself; or a WHAM file or folder.
         game: name of the game; default: the world's first.
         players: how many; default: the most that the world's starts have.
-        policies: one for everybody, or one for each player: gather, slips:0.1:chase, agent.zip.
+        policies: one for everybody, or one for each player: gather, slips:0.1:chase, agent.zip;
+            default: random, or WHAM itself.
         episodes: episodes in all; what is there counts.
         seed: of the first episode.
         max_cycles: steps after which an episode is cut; default: the world's.
         film: episodes in the film; 0 for none.
         best: take the most probable action instead of drawing one, where players are trained.
+        starts: .npz episodes that a WHAM file starts from.
     """
 
     out: Path
     env: str = PARTY_WORLD
     game: str | None = None
     players: int | None = None
-    policies: tuple[str, ...] = ("random",)
+    policies: tuple[str, ...] = ()
     episodes: int = 10
     seed: int = 0
     max_cycles: int | None = None
     film: int = 4
     best: bool = False
+    starts: Path | None = None
 
     def run(self) -> None:
         """Play, record, film."""
         from worldgym.agents.rollout import REAL, film, game_env, rollout
+        from worldgym.agents.wham_rollout import is_wham_world
+
+        if is_wham_world(self.env):
+            self._wham()
+            return
         from worldgym.envs.party_record import returns_by_player
 
         env = game_env(self.env, self.game, self.players, max_cycles=self.max_cycles)
         try:
-            store = rollout(env, self.policies, self.out, self.episodes, seed=self.seed,
-                            where=self.env, draw=not self.best)
+            store = rollout(env, self.policies or ("random",), self.out, self.episodes,
+                            seed=self.seed, where=self.env, draw=not self.best)
         finally:
             env.close()
         print(f"{self.out}: {len(store)} episodes, {store.steps} steps")
@@ -318,3 +328,25 @@ class Rollout:
         if self.film:
             label = "real" if self.env == REAL else "dream"
             print("written:", film(store, Path(self.out) / "rollout.mp4", self.film, label=label))
+
+    def _wham(self) -> None:
+        from worldgym.agents.scripted import parse_policy
+        from worldgym.agents.wham_rollout import film, open_task, rollout
+        from worldgym.envs.record import by_policy
+
+        if self.game is not None or self.players is not None or len(self.policies) > 1 or self.best:
+            raise ConfigError("a WHAM world has one player", fix="leave these options out",
+                              given=f"game {self.game}, players {self.players}, policies "
+                              f"{self.policies}, best {self.best}",
+                              expected="at most one policy, no game, no players")
+        task = open_task(self.env, starts=self.starts, horizon=self.max_cycles)
+        policy = parse_policy(self.policies[0], task.world.spec.action, task.world,
+                              task) if self.policies else None
+        store = rollout(task, self.out, self.episodes, seed=self.seed, policy=policy)
+        print(f"{self.out}: {len(store)} episodes, {store.steps} steps")
+        for name, got in by_policy(store).items():
+            print(f"  {name}: mean return {got['mean_return']:.2f} (n = {got['episodes']})")
+        if self.film:
+            published = not task.world.spec.licence.may_ship_weights
+            print("written:", film(store, Path(self.out) / "rollout.mp4", self.film,
+                                   watermark=published))

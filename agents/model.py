@@ -59,10 +59,11 @@ def policy_kwargs(network: dict[str, Any]) -> dict[str, Any]:
     kwargs: dict[str, Any] = {"net_arch": network.get("net_arch", [64, 64])}
     if "activation" in network:
         kwargs["activation_fn"] = getattr(torch.nn, network["activation"])
-    if network.get("extractor") == "latent":
-        from worldgym.agents.extractor import LatentExtractor
+    if network.get("extractor") in ("latent", "tokens"):
+        from worldgym.agents.extractor import LatentExtractor, TokenExtractor
 
-        kwargs["features_extractor_class"] = LatentExtractor
+        kwargs["features_extractor_class"] = (
+            LatentExtractor if network["extractor"] == "latent" else TokenExtractor)
         kwargs["features_extractor_kwargs"] = dict(network.get("extractor_kwargs", {}))
     if network.get("extractor") == "crop":
         from worldgym.agents.party_learner import CropExtractor

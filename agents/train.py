@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,10 +47,10 @@ class TrainConfig:
 
     ``steps``: env steps, all slots together; ``minutes``: stop earlier when this time is spent;
     ``hyperparameters``: overrides for the algorithm, ``lin_0.0005`` for a rate that falls to zero;
-    ``network``: ``net_arch``, ``extractor``
-    ("latent" or None), ``extractor_kwargs``, ``activation``; ``save_every``: steps between
-    checkpoints, all of which stay as agents, so that one can be chosen afterwards; ``init``: an
-    agent.zip of the same network, whose weights the training begins with.
+    ``network``: ``net_arch``, ``extractor`` ("latent", "tokens" or None), ``extractor_kwargs``,
+    ``activation``; ``save_every``: steps between checkpoints, all of which stay as agents, so that
+    one can be chosen afterwards; ``init``: an agent.zip of the same network, whose weights the
+    training begins with.
     """
 
     algorithm: str = "PPO"
@@ -84,8 +84,6 @@ class TrainConfig:
 
     def resolved(self) -> TrainConfig:
         """The same with every default written out."""
-        from dataclasses import replace
-
         network = {"net_arch": [64, 64], "activation": "ReLU", **self.network}
         if self.observation == "latent":
             network = {"extractor": "latent",
@@ -145,7 +143,7 @@ def train_in_dream(task: Any, config: TrainConfig, folder: str | Path, *,
              "world": str(getattr(task.world, "fingerprint", task.world.spec.name))}
     if not licence.may_train_on_outputs:
         facts["right_to_train"] = f"stated by the user; {licence.name} as published forbids it"
-    return train(make, config, folder, facts)
+    return train(make, *_tokens(task.world, config, folder, facts))
 
 
 def train_in_game(make_game: Callable[[], Any], action: ActionSpec, frame_hw: tuple[int, int],
@@ -159,7 +157,7 @@ def train_in_game(make_game: Callable[[], Any], action: ActionSpec, frame_hw: tu
                           frame_stack=config.frame_stack, world=world, seed=config.seed)
 
     facts = {"env": name, "where": "real", "frame_hw": list(frame_hw), "action": asdict(action)}
-    return train(make, config, folder, facts)
+    return train(make, *_tokens(world, config, folder, facts))
 
 
 class Hooks(Protocol):
@@ -173,6 +171,37 @@ class Hooks(Protocol):
 
     def saved(self, checkpoint: Path) -> None:
         """Called between two rollouts."""
+
+
+class _Codebook:
+    """Lets an agent that reads ids begin with the codes that they name."""
+
+    def __init__(self, codes: Any) -> None:
+        self.options: dict[str, Any] = {}
+        self.codes = codes
+
+    def built(self, model: Any, env: Any) -> None:
+        """Copy the codes into every extractor."""
+        from worldgym.agents.extractor import TokenExtractor
+
+        for part in model.policy.modules():
+            if isinstance(part, TokenExtractor):
+                part.begin_with(self.codes)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Nothing to do."""
+
+
+def _tokens(world: Any, config: TrainConfig, folder: str | Path,
+            facts: dict[str, Any]) -> tuple[TrainConfig, str | Path, dict[str, Any], Hooks | None]:
+    """What ``train`` needs; where latents are ids, the network reads the codes that they name."""
+    numbers = getattr(getattr(world, "latent_dtype", None), "is_floating_point", True)
+    if numbers or config.observation != "latent" or "extractor" in config.network:
+        return config, folder, facts, None
+    codes = world.codec.codes().detach()
+    network = {"extractor": "tokens", "extractor_kwargs": {
+        "codes": len(codes), "code_width": codes.shape[1], "features_dim": 128}, **config.network}
+    return replace(config, network=network), folder, facts, _Codebook(codes)
 
 
 def train(make_env: Callable[[], Any], config: TrainConfig, folder: str | Path,

@@ -121,13 +121,13 @@ def dream(model: str | Path, episodes: str | Path, out: str | Path, how: Dreamin
         DatasetError: an episode is broken, too short or of another size; before any work.
         ConfigError: impossible settings, or ``out`` was begun with others.
     """
-    from worldgym.envs.wham import open_world
+    from worldgym.envs.wham import controlled, open_world
 
-    world = open_world(
+    world = controlled(open_world(
         model, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, slide=how.slide,
         diagonal=how.diagonal, context_length=how.context_length,
         propose=True if how.protocol == "comprehensive" and how.diagonal is None else None,
-        **opened)
+        **opened), model)
     episodes, out = Path(episodes), Path(out)
     files = wham_npz.files(episodes)[:max_files]
     root = episodes if episodes.is_dir() else episodes.parent

@@ -34,16 +34,18 @@ class WhamPolicy:
         latents: read ids instead of frames where a dream offers them.
 
     Raises:
-        ConfigError: the game has other actions.
+        ConfigError: the game has other actions than the model.
     """
 
     def __init__(self, world: Any, action: ActionSpec = wham_actions.SPEC, *,
                  name: str = "wham", latents: bool = False) -> None:
-        if (action.kind, action.sizes) != (wham_actions.SPEC.kind, wham_actions.SIZES):
-            raise ConfigError("WHAM plays with a controller of its own",
+        mine = world.spec.action
+        if (action.kind, action.sizes, action.start) != (mine.kind, mine.sizes, mine.start):
+            raise ConfigError("WHAM plays with actions of its own",
                               given=f"{action.kind}{action.sizes}",
-                              expected=f"multi_discrete{wham_actions.SIZES}",
-                              fix="wrap the game so that its actions are 12 buttons and 4 sticks")
+                              expected=f"{mine.kind}{mine.sizes}",
+                              fix="wrap the game so that its actions are the model's (as published,"
+                              " a controller's 12 buttons and 4 sticks)")
         self.world, self.action, self.name = world, action, name
         self.observes = "latent" if latents else "frame"
         self._pasts: list[list[tuple[torch.Tensor, np.ndarray | None]]] = []
@@ -59,7 +61,7 @@ class WhamPolicy:
 
     def act(self, frames_NHWC: np.ndarray, t: int | np.ndarray,
             slots: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """Bins (N, 16) int64 for frames uint8."""
+        """Actions (N, *shape) for frames uint8; of the published models, bins (N, 16)."""
         index, times = acting(len(frames_NHWC), t, slots, len(self._pasts))
         frames = fitted(frames_NHWC, self.world.spec.frame_hw)
         ids = [self.world.encode(frame[None])[0] for frame in frames]  # bits: each on its own
@@ -67,7 +69,7 @@ class WhamPolicy:
 
     def act_latents(self, latents_NChw: np.ndarray, t: int | np.ndarray,
                     slots: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """Bins (N, 16) for the ids (N, 1, h, w) of a dream of the same model."""
+        """Actions (N, *shape) for the ids (N, 1, h, w) of a dream of the same model."""
         index, times = acting(len(latents_NChw), t, slots, len(self._pasts))
         ids = torch.as_tensor(np.asarray(latents_NChw)).long().to(self.world.device)
         return self._act(list(ids), times, index)
@@ -95,7 +97,7 @@ class WhamPolicy:
         b, k = len(pasts), max(map(len, pasts))
         latents = torch.zeros((b, k, *self.world.spec.latent_chw), dtype=torch.int64,
                               device=self.world.device)
-        led, null = np.zeros((b, k, wham_actions.COUNT), np.int64), np.ones((b, k), bool)
+        led, null = np.zeros((b, k, *self.action.shape), np.int64), np.ones((b, k), bool)
         for row, past in enumerate(pasts):
             for back, (ids, _) in enumerate(reversed(past)):
                 latents[row, k - 1 - back] = ids
@@ -126,18 +128,18 @@ def fitted(frames_NHWC: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
 
 def wham_policy(model: Any, action: ActionSpec = wham_actions.SPEC, world: Any = None,
                 **settings: Any) -> WhamPolicy:
-    """The behaviour policy of a WHAM file.
+    """The behaviour policy of a WHAM file or folder.
 
     Args:
-        model: published ``.ckpt``, or what ``worldgym convert`` wrote.
-        action: the game's actions; those of a controller.
+        model: published ``.ckpt``, or what ``worldgym convert`` wrote; or a small WHAM's folder.
+        action: the game's actions; as published, those of a controller.
         world: the world that is played in; a dream of the same file shows the policy its ids.
         settings: as for ``worldgym.envs.wham.open_world`` (temperature, top_k, size, device, ...).
     """
     from worldgym.envs.wham import open_world
 
     own = open_world(model, **settings)
-    same = getattr(getattr(world, "model", None), "tokenizer", None) is own.model.tokenizer
+    same = getattr(world, "weights", None) == own.weights
     return WhamPolicy(own, action, name=f"wham:{model}", latents=same)
 
 

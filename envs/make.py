@@ -15,7 +15,7 @@ TASK_SETTINGS = ("horizon", "distrust", "drift", "penalty", "hazard", "forks", "
                  "spread", "starts")
 VIEW_SETTINGS = tuple(f.name for f in fields(ViewConfig))
 
-LOADED = ("device", "temperature")  # settings of the world itself
+LOADED = ("device", "temperature", "slide")  # settings of the world itself
 
 World = str | Path | Task
 
@@ -52,7 +52,7 @@ def make_dream(world: World, **settings: Any) -> DreamEnv:
         world: "worldgym/TakeCover-v0", a folder that ``worldgym fit`` wrote, or a task.
         settings: render_mode; observation, frame_stack, actions, info_frames; horizon, distrust,
             drift, penalty, hazard, forks, reward, end, spread, starts; max_episode_steps; device,
-            temperature; SCOPE's: see ``worldgym.envs.scope.load_scope``.
+            temperature, slide; SCOPE's: see ``worldgym.envs.scope.load_scope``.
 
     Raises:
         ConfigError: an unknown or impossible setting. CheckpointError: files are missing or broken.

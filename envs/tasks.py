@@ -118,19 +118,22 @@ class Task:
 
 @functools.lru_cache(maxsize=8)
 def _load(folder: str, stamp: int, device: str,
-          temperature: float | None) -> tuple[Any, Any, dict]:
+          settings: tuple[tuple[str, Any], ...]) -> tuple[Any, Any, dict]:
     from worldgym.data.starts import StartBank
-    from worldgym.models import nano
+    from worldgym.models import nano, wham_nano
 
-    changes = {} if temperature is None else {"temperature": temperature}
-    world = nano.load(Path(folder), device, **changes)
-    starts = StartBank.load(Path(folder) / "starts.safetensors")
     described = json.loads((Path(folder) / "world.json").read_text())
+    files: Any = wham_nano if described.get("kind") == wham_nano.KIND else nano
+    if files is nano and "slide" in dict(settings):
+        raise ConfigError("this world has no window that slides by steps", given=folder,
+                          expected="a WHAM world's folder", fix="leave slide out")
+    world = files.load(Path(folder), device, **dict(settings))
+    starts = StartBank.load(Path(folder) / "starts.safetensors")
     return world, starts, dict(described.get("task", {}))
 
 
 def load_task(name: str | Path, *, device: str = "cpu", temperature: float | None = None,
-              **changes: Any) -> Task:
+              slide: int | None = None, **changes: Any) -> Task:
     """The task of a registered id or of a world's folder; the world is shared within a process.
 
     Args:
@@ -140,6 +143,8 @@ def load_task(name: str | Path, *, device: str = "cpu", temperature: float | Non
         device: torch device of the world.
         temperature: of the sampler's noise; None: the world's own. Above it, dreams are harder:
             agents find fewer faults to live on (Ha and Schmidhuber, 2018, section 4).
+        slide: of a small WHAM: frames dropped at once from a full window; None: the world's own.
+            Above it a step costs less, and sees fewer frames now and then.
         changes: fields of ``Task`` to replace, such as ``horizon=200``.
 
     Raises:
@@ -149,7 +154,8 @@ def load_task(name: str | Path, *, device: str = "cpu", temperature: float | Non
         from worldgym.envs.wham import load_wham
 
         check_names(changes, [f.name for f in fields(Task)], "task setting")
-        return replace(load_wham(name, device=device, temperature=temperature), **changes)
+        return replace(load_wham(name, device=device, temperature=temperature, slide=slide),
+                       **changes)
     facts = dict(TASKS.get(str(name), {"folder": Path(name)}))
     folder = Path(facts.pop("folder"))
     missing = [f for f in ("world.safetensors", "world.json", "starts.safetensors")
@@ -164,7 +170,9 @@ def load_task(name: str | Path, *, device: str = "cpu", temperature: float | Non
                               fix="fit the world again, or restore the folder")
     check_names(changes, [f.name for f in fields(Task)], "task setting")
     stamp = (folder / "world.safetensors").stat().st_mtime_ns
-    world, starts, described = _load(str(folder.resolve()), stamp, str(device), temperature)
+    given = (("temperature", temperature), ("slide", slide))
+    world, starts, described = _load(str(folder.resolve()), stamp, str(device),
+                                     tuple(pair for pair in given if pair[1] is not None))
     known = {f.name for f in fields(Task)}
     facts = {**{k: v for k, v in described.items() if k in known}, **facts}
     return replace(Task(world=world, starts=starts, name=str(name), **facts), **changes)

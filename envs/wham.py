@@ -61,6 +61,16 @@ def _model(path: str, stamp: int, size: tuple | None, device: str, dtype: str) -
 
 
 @functools.lru_cache(maxsize=8)
+def _small(folder: str, stamp: int, device: str, sampling: tuple, settings: tuple) -> Any:
+    from worldgym.models import wham_nano
+    from worldgym.models.sampling import Sampling
+
+    made = wham_nano.load_nano(folder)
+    how = {"temperature": made.cfg.temperature, **dict(sampling)}
+    return made.world(device, sampling=Sampling(**how), **dict(settings))
+
+
+@functools.lru_cache(maxsize=8)
 def _world(parts: tuple, sampling: tuple, settings: tuple) -> Any:
     from worldgym.models.sampling import Sampling
     from worldgym.models.wham_world import WhamWorld
@@ -75,7 +85,8 @@ def open_world(model: str | Path | None, *, device: str | None = None, dtype: st
     """The ``WhamWorld`` of a file, shared within a process.
 
     Args:
-        model: published ``.ckpt``, or what ``worldgym convert`` wrote.
+        model: published ``.ckpt``, or what ``worldgym convert`` wrote; or a small WHAM's folder
+            (``worldgym fit --dynamics wham``).
         device: None: cuda where there is one. dtype: float32 (exact) or bfloat16.
         size: layers, heads, width, where the built-in table lacks the file's size name.
         settings: temperature, top_k, top_p, deterministic (``Sampling``); context_length, slide,
@@ -88,7 +99,8 @@ def open_world(model: str | Path | None, *, device: str | None = None, dtype: st
         raise ConfigError("no WHAM file", given="no model", expected="a published .ckpt, or what "
                           "worldgym convert wrote", fix=f'gymnasium.make("{ID}", model="FILE")')
     path = Path(model)
-    if not path.is_file():
+    folder = path.is_dir() and (path / "world.safetensors").is_file()
+    if not path.is_file() and not folder:
         raise CheckpointError("WHAM file is missing", given=path, expected="a published .ckpt, or "
                               "what worldgym convert wrote", fix="check the path")
     unknown = sorted(set(settings) - {*SAMPLING, *WORLD})
@@ -99,11 +111,29 @@ def open_world(model: str | Path | None, *, device: str | None = None, dtype: st
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = {k: v for k, v in settings.items() if v is not None}
+    how, more = (tuple(sorted((k, v) for k, v in given.items() if k in names))
+                 for names in (SAMPLING, WORLD))
+    if folder:
+        if size is not None or dtype != "float32":
+            raise ConfigError("a small WHAM has a size and dtype of its own",
+                              given=f"size {size}, dtype {dtype}", expected="neither",
+                              fix="leave them out")
+        stamp = (path / "world.safetensors").stat().st_mtime_ns
+        return _small(str(path.resolve()), stamp, str(device), how, more)
     parts = (str(path.resolve()), path.stat().st_mtime_ns, None if size is None else tuple(size),
              str(device), dtype)
-    given = {k: v for k, v in settings.items() if v is not None}
-    return _world(parts, tuple(sorted((k, v) for k, v in given.items() if k in SAMPLING)),
-                  tuple(sorted((k, v) for k, v in given.items() if k in WORLD)))
+    return _world(parts, how, more)
+
+
+def controlled(world: Any, model: Any) -> Any:
+    """The same world, if it is acted in with a controller; else a ConfigError."""
+    if world.spec.action != wham_actions.SPEC:
+        mine = world.spec.action
+        raise ConfigError("this WHAM has no controller", given=f"{model}: {mine.kind}{mine.sizes}",
+                          expected="12 buttons and 4 sticks",
+                          fix="open its folder as any world: worldgym.envs.make.make_dream(FOLDER)")
+    return world
 
 
 def load_wham(model: str | Path | None = None, *, starts: Any = None, context: int | None = None,
@@ -121,7 +151,7 @@ def load_wham(model: str | Path | None = None, *, starts: Any = None, context: i
     Raises:
         ConfigError, CheckpointError, DatasetError, ShapeError: what is wrong with which argument.
     """
-    world = open_world(model, **settings)
+    world = controlled(open_world(model, **settings), model)
     hw, most = world.spec.frame_hw, world.spec.context_frames + 1
     bank: Any
     if starts is None:

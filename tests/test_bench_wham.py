@@ -19,7 +19,7 @@ def test_the_published_order_gives_the_same_tokens():
     state = bench_wham.begin(world, 2, 3)
     action = np.stack([wham_actions.NEUTRAL] * 2)
     taken = state.extra["taken_BFA"].clone()
-    taken[:, -1] = world._features(action)
+    taken[:, -1] = world.features(action)
     ids = model.sequence(state.history_BKChw[:, -3:].flatten(2), taken[:, -3:])
     want = bench_wham.PublishedOrder(model, GREEDY).frame(ids, torch.full((2, 99), 0.5).double())
     new, chunk = world.step(state, action)
@@ -44,6 +44,12 @@ def test_counts_at_the_full_size_follow_from_small_ones():
 def test_windows_of_a_cycle():
     assert bench_wham.windows(1) == [(9, 0)]
     assert sorted(bench_wham.windows(4)) == [(6, 0), (7, 7), (8, 8), (9, 9)]
+
+
+def test_five_hundred_frames_take_no_memory():
+    model = tiny(torch.Generator().manual_seed(0), hw=(4, 8), width=16, layers=1)
+    rows = {r.metric: r.value for r in bench_wham.soak(model, 500)}
+    assert rows["memory_growth"] < 0.02 and rows["late_over_early"] < 2
 
 
 def test_rows_of_a_short_run():

@@ -195,7 +195,7 @@ def test_rollout_equals_teacher_forcing():
         act = actions(world, 1, i)
         state, chunk = world.step(state, act)
         clean = torch.cat([clean, chunk.latents_BFChw], 1)
-        features.append(world._features(act)[:, None])
+        features.append(world.features(act)[:, None])
     level = torch.ones(1, frames)
     with torch.no_grad():
         flow = world.dynamics(clean, torch.cat(features, 1), level, noise, 0 * level, noise)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from worldgym import noise
 from worldgym.noise import PASSES, normal, philox, uniform
 
 # Random123, kat_vectors: counter, key, output of philox4x32-10
@@ -119,3 +120,10 @@ def test_cpu_and_gpu_agree():
     key = some_keys(5)
     assert torch.equal(uniform(key, 2, 99), uniform(key, 2, 99, "cuda").cpu())
     torch.testing.assert_close(normal(key, 2, (99,)), normal(key, 2, (99,), "cuda").cpu())
+
+
+def test_small_and_large_draws_are_the_same_numbers(monkeypatch):
+    keys = np.array([[7, 0, 3, 0], [-1, 2, 2**40, 5], [2**62, 1, 0, 1]])
+    small = noise.uniform(keys, 9, 13)
+    monkeypatch.setattr(noise, "SMALL", 0)
+    assert torch.equal(small, noise.uniform(keys, 9, 13))

@@ -305,7 +305,7 @@ def test_diagonal_decoding_deviates_little_and_takes_fewer_passes(model):
         action = some_actions(64)
         new, _ = world.step(state, action)
         taken = state.extra["taken_BFA"].clone()
-        taken[:, -1] = world._features(action)
+        taken[:, -1] = world.features(action)
         ids = torch.cat([model.sequence(state.history_BKChw[:, -2:].flatten(2), taken[:, -2:]),
                          new.latents_BCHW.flatten(1)], 1)
         return float(surprise(model, ids, model.image_tokens).mean())

@@ -274,9 +274,11 @@ class World:
                extra: dict[str, Tensor]) -> tuple[Chunk, dict[str, Tensor]]:
         """The chunk with its rewards and ends, and what else the next state keeps."""
         end_B, rewards_B2, danger_B = self._outcome(state, action_BA)
-        draw = uniform(state.keys_B4, PASSES["end"], 1).numpy()[:, 0]
         chance = end_B.double().cpu().numpy()
-        terminated = draw < chance
+        draw = None  # nothing is drawn where nothing can end
+        if self.outcome is not None:
+            draw = uniform(state.keys_B4, PASSES["end"], 1).numpy()[:, 0]
+        terminated = np.zeros(len(chance), bool) if draw is None else draw < chance
         rewards = rewards_B2.cpu().numpy()
         reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)
         b, last = len(latents_BFChw), self.spec.frames_per_chunk - 1
@@ -310,7 +312,7 @@ class World:
 
     def _controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
         """Action features (n, A) of what was given to ``step`` for these slots, checked."""
-        return self._features(self.spec.action.check(raw, len(index)))
+        return self.features(self.spec.action.check(raw, len(index)))
 
     def _dense_controls(self, raw: np.ndarray, state: WorldState, index: np.ndarray) -> Tensor:
         """The same of one action per pixel frame, (n, frames, ...): (n, A), or (n, F, A) with
@@ -326,9 +328,10 @@ class World:
         flat = np.zeros(actions.shape, self.spec.action.dtype)
         if not unused.all():
             flat[~unused] = self.spec.action.check(actions[~unused])
-        return self._features(flat, unused)
+        return self.features(flat, unused)
 
-    def _features(self, actions: np.ndarray, null: np.ndarray | None = None) -> Tensor:
+    def features(self, actions: np.ndarray, null: np.ndarray | None = None) -> Tensor:
+        """What the network is told of checked actions (n, *shape), (n, A); ``null`` rows: none."""
         return torch.from_numpy(self.spec.action.encode(actions, null)).to(self.device)
 
     def _condition(self, features_BFA: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 
 read or set. Shapes: B slot, M numbers per slot.
 """
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,8 +19,13 @@ _LOW = 0xFFFFFFFF
 PASSES = {"end": 1 << 16, "start": 1 << 17, "image": 1 << 18, "action": 1 << 19}
 
 
-def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
-    """Ten rounds on four 32-bit counters and two 32-bit keys (int64 tensors, broadcastable)."""
+SMALL = 4096  # words up to which NumPy, with its cheaper calls, is faster than torch
+
+Words = TypeVar("Words", Tensor, np.ndarray)
+
+
+def philox(counter: list[Words], key: list[Words]) -> list[Words]:
+    """Ten rounds on four 32-bit counters and two 32-bit keys (int64, broadcastable)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -29,7 +36,7 @@ def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def _mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+def _mul(a: int, b: Words) -> tuple[Words, Words]:
     """High and low 32 bits of a * b; the 64-bit product wraps into the sign bit and is masked."""
     product = a * b
     return (product >> 32) & _LOW, product & _LOW
@@ -37,15 +44,23 @@ def _mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _words(keys_B4: np.ndarray, number: int, count: int, device: torch.device) -> Tensor:
     """``count`` 32-bit words (B, count) of stream ``number``."""
-    keys = torch.from_numpy(np.asarray(keys_B4, dtype=np.int64)).to(device)
-    seed, episode, step, branch = (keys[:, i:i + 1] for i in range(4))
-    blocks = torch.arange((count + 3) // 4, device=device)[None]
-    low = seed & _LOW
+    keys = np.asarray(keys_B4, dtype=np.int64)
+    blocks = np.arange((count + 3) // 4)[None]
+    if device.type == "cpu" and len(keys) * count <= SMALL:
+        made = np.stack(np.broadcast_arrays(*philox(*_counter(keys, blocks, number))), -1)
+        return torch.from_numpy(made.reshape(len(keys), -1)[:, :count])
+    given = torch.from_numpy(keys).to(device), torch.from_numpy(blocks).to(device)
+    words = torch.stack(torch.broadcast_tensors(*philox(*_counter(*given, number))), -1)
+    return words.flatten(1)[:, :count]
+
+
+def _counter(keys_B4: Words, blocks_1N: Words, number: int) -> tuple[list[Words], list[Words]]:
+    """Counters and keys of these blocks of stream ``number``."""
+    seed, episode, step, branch = (keys_B4[:, i:i + 1] for i in range(4))
     high = ((seed >> 32) & _LOW) ^ ((branch * 0x9E3779B1) & _LOW)
-    counter = [blocks.expand(len(keys), -1), step & _LOW, episode & _LOW,
-               torch.full_like(seed, number)]
-    return torch.stack(torch.broadcast_tensors(*philox(counter, [low, high])), -1).flatten(1)[
-        :, :count]
+    # every word is (B, blocks) from the first round on
+    return [blocks_1N + 0 * seed, step & _LOW, episode & _LOW, 0 * seed + number], [
+        seed & _LOW, high]
 
 
 def uniform(keys_B4: np.ndarray, number: int, count: int,

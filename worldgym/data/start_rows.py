@@ -66,7 +66,7 @@ def distinct(episodes: Episodes, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def encode_rows(episodes: Episodes, rows: np.ndarray, encode: Callable[[Tensor], Tensor],
                 view: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """Latents of these rows as float16."""
+    """Latents of these rows as they are kept."""
     with torch.no_grad():
         return torch.cat([as_half(encode(torch.from_numpy(
             view(episodes.take("frames", rows[lo:lo + ENCODE_BATCH])))))
@@ -74,7 +74,9 @@ def encode_rows(episodes: Episodes, rows: np.ndarray, encode: Callable[[Tensor],
 
 
 def as_half(latents: Tensor) -> Tensor:
-    """Latents as they are kept; NotFiniteError where they do not fit."""
+    """Latents as they are kept, float16, ids int16; NotFiniteError where they do not fit."""
+    if not latents.is_floating_point():
+        return latents.detach().cpu().to(torch.int16)
     half = latents.detach().cpu().half()
     if not bool(torch.isfinite(half).all()):
         raise NotFiniteError("a start latent does not fit float16",

@@ -3,7 +3,7 @@
 Shapes: N starts of the bank, B chosen starts, K context frames, U stored latents, V stored frames,
 C channel, h w latent grid, H W pixels, P player slot, S state channel. Equal frames are stored
 once; latents are kept as float16, rounded when the bank is built, so that a bank in memory and one
-from disk are the same bits.
+from disk are the same bits (ids, of worlds whose latents are tokens, as int16).
 """
 
 from __future__ import annotations
@@ -200,10 +200,12 @@ class StartBank:
                        **kept)
 
     def gather(self, indices: Any) -> Starts:
-        """These starts (repeats allowed) as ``Starts``, float32 on the CPU; padding is zero."""
+        """These starts (repeats allowed) as ``Starts``, float32 (ids: int64) on the CPU; padding is
+        zero."""
         index_B = self._check(indices)
         rows = torch.from_numpy(self.latent_rows_NK[index_B].astype(np.int64))
-        latents = self.latents_UChw[rows.clamp(min=0)].float()
+        latents = self.latents_UChw[rows.clamp(min=0)]
+        latents = latents.float() if latents.is_floating_point() else latents.long()
         latents[rows < 0] = 0
         if self.subjects_NKPS is None or self.valid_NP is None or self.game_N is None:
             return Starts(latents, self.actions[index_B], self.null_NK[index_B],
@@ -237,7 +239,8 @@ class StartBank:
         """Starts of one image each (B, H, W, 3) uint8, as if an episode began there."""
         frames = check_frames(frames)
         n, action = len(frames), world.spec.action
-        latents = world.encode(torch.from_numpy(frames)).float()[:, None]
+        latents = world.encode(torch.from_numpy(frames))[:, None]
+        latents = latents.float() if latents.is_floating_point() else latents
         return Starts(latents, np.zeros((n, 1, *action.shape), action.dtype),
                       np.ones((n, 1), bool), np.ones(n, np.int64))
 
@@ -279,7 +282,7 @@ class StartBank:
         n, rows = len(self.length_N), self.latent_rows_NK
         k = rows.shape[-1]
         wants = {"latents": self.latents_UChw.ndim == 4
-                 and self.latents_UChw.dtype == torch.float16,
+                 and self.latents_UChw.dtype in (torch.float16, torch.int16),
                  "latent_rows": rows.shape == (n, k) and rows.dtype == np.int32,
                  "actions": self.actions.shape[:2] == (n, k),
                  "null": self.null_NK.shape == (n, k) and self.null_NK.dtype == bool,

@@ -98,6 +98,11 @@ class Codec(nn.Module):
         self.register_buffer("mean", torch.zeros(cfg.channels))
         self.register_buffer("std", torch.ones(cfg.channels))
 
+    @property
+    def frame_hw(self) -> tuple[int, int]:
+        """Height and width of the frames."""
+        return self.cfg.frame_hw
+
     def forward(self, pixels_BCHW: Tensor, noise_BChw: Tensor) -> tuple[Tensor, Tensor]:
         """(reconstruction, raw latents); noise bounds what latents can carry."""
         z = self.raw(pixels_BCHW)

@@ -272,9 +272,10 @@ class StaticCache:
     """
 
     def __init__(self, cfg: GPTConfig, rows: int, size: int, like: Tensor) -> None:
-        shape = (rows, size, cfg.n_head, cfg.n_embd // cfg.n_head)
-        self.k = [like.new_empty(shape) for _ in range(cfg.n_layer)]
-        self.v = [like.new_empty(shape) for _ in range(cfg.n_layer)]
+        shape = (rows, cfg.n_head, size, cfg.n_embd // cfg.n_head)
+        # in memory a head's keys lie side by side: attention reads them once for every token
+        self.k = [like.new_empty(shape).transpose(1, 2) for _ in range(cfg.n_layer)]
+        self.v = [like.new_empty(shape).transpose(1, 2) for _ in range(cfg.n_layer)]
 
     def put(self, layer: int, at: slice | Tensor, k_BTNE: Tensor, v_BTNE: Tensor) -> None:
         """Write some positions of one layer."""

@@ -95,6 +95,35 @@ class Tokenizer(nn.Module):
         """uint8 frames (B, H, W, 3) of ids (B, 1, h, w)."""
         return self.ids_frames(ids_B1hw.flatten(1)).permute(0, 2, 3, 1).contiguous()
 
+    def vectors(self, ids_B1hw: Tensor) -> Tensor:
+        """Codes (B, Z, h, w) of ids, of about unit variance: what heads read."""
+        codes = self.codes()
+        codes = codes / codes.square().mean().sqrt()
+        return F.embedding(ids_B1hw.flatten(1).long(), codes).transpose(1, 2).unflatten(
+            2, self.grid_hw)
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What training needs: (reconstruction of preprocessed frames, with the gradient passed
+        straight through the choice of codes, code and commitment loss, ``usage``, perplexity)."""
+        features = self.features(x_BCHW)
+        chosen = F.embedding(self.nearest(features), self.codes())
+        drawn = self.pixels(features + (chosen - features).detach())
+        loss, perplexity = self.quantiser_losses(features)
+        return drawn, loss, self.usage(features), perplexity
+
+    def usage(self, features_BTZ: Tensor, sharpness: float = 10.0) -> Tensor:
+        """How far from all codes being in use, in nats: entropy of the softly chosen code of a
+        token, less that of all tokens together (Yu et al., MAGVIT-v2, 2023, section 3.1).
+
+        Without it most codes of a small, briefly trained tokeniser are never chosen.
+        """
+        codes, flat = self.codes(), features_BTZ.flatten(0, 1)
+        distance = (flat**2).sum(1, keepdim=True) + (codes**2).sum(1) - 2 * flat @ codes.T
+        told = (-sharpness * distance).log_softmax(-1)
+        each = -(told.exp() * told).sum(-1).mean()
+        share = told.exp().mean(0)
+        return each + (share * share.clamp_min(1e-9).log()).sum()
+
     def quantiser_losses(self, features_BTZ: Tensor) -> tuple[Tensor, Tensor]:
         """(code and commitment loss, perplexity of the codes in use); gradients as in VQ-VAE."""
         ids, codes = self.nearest(features_BTZ), self.codes()

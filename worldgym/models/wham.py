@@ -1,8 +1,9 @@
 """WHAM as one module: image tokeniser, GPT, and the layout of its token sequence.
 
-Shapes: B row, F frame, I image tokens of a frame, A = 16 action tokens, S = I + A tokens of a step,
-T token. A sequence is [image 0, action 0, image 1, action 1, ...]; image ids come first in the
-vocabulary, action ids after them (specs/wham.md sections 0, 3, 4 and 6).
+Shapes: B row, F frame, I image tokens of a frame, A action tokens (as published 16, those of a
+controller), S = I + A tokens of a step, T token. A sequence is [image 0, action 0, image 1,
+action 1, ...]; image ids come first in the vocabulary, action ids after them (specs/wham.md
+sections 0, 3, 4 and 6).
 """
 
 from collections.abc import Mapping
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worldgym.actions import ActionSpec
 from worldgym.errors import ConfigError
 from worldgym.models import wham_actions
+from worldgym.models.action_tokens import ActionTokens
 from worldgym.models.gpt import GPT, GPTConfig, losses
 from worldgym.models.vqgan import Tokenizer, ViTConfig, ViTVQGAN
 from worldgym.models.vqgan_conv import ConvConfig, ConvVQGAN
@@ -30,7 +33,8 @@ class WhamConfig:
     """Everything that shapes the module.
 
     ``seq_len``: steps of the longest window; ``tokenizer``: "vit" or "conv", ``tokenizer_spec``:
-    its native keys; ``size_name``: what the hyper-parameters call this size.
+    its native keys; ``size_name``: what the hyper-parameters call this size; ``action``: what is
+    acted with, a controller in the published models.
     """
 
     gpt: GPTConfig
@@ -38,6 +42,7 @@ class WhamConfig:
     tokenizer: str
     tokenizer_spec: Mapping[str, Any] = field(default_factory=dict)
     size_name: str = ""
+    action: ActionSpec = wham_actions.SPEC
 
     def __post_init__(self) -> None:
         if self.tokenizer not in TOKENIZERS:
@@ -50,12 +55,16 @@ class WhamConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict that ``from_json`` reads back."""
-        return {**asdict(self), "tokenizer_spec": dict(self.tokenizer_spec)}
+        data = {**asdict(self), "tokenizer_spec": dict(self.tokenizer_spec)}
+        if self.action == wham_actions.SPEC:  # files of the published models need not tell
+            del data["action"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "WhamConfig":
         """Inverse of ``to_json``."""
-        return cls(**{**data, "gpt": GPTConfig.from_dict(data["gpt"])})
+        told = {"action": ActionSpec.from_json(data["action"])} if "action" in data else {}
+        return cls(**{**data, **told, "gpt": GPTConfig.from_dict(data["gpt"])})
 
 
 class Wham(nn.Module):
@@ -69,8 +78,10 @@ class Wham(nn.Module):
         self.gpt = GPT(cfg.gpt)
         self.codes = self.tokenizer.vocabulary
         self.image_tokens = self.tokenizer.tokens
-        self.step_tokens = self.image_tokens + wham_actions.COUNT
-        want = (self.codes + wham_actions.VOCABULARY, self.step_tokens * cfg.seq_len)
+        self.actions = ActionTokens(cfg.action)
+        self.step_tokens = self.image_tokens + self.actions.count
+        self._ranges = [(self.codes + low, self.codes + high) for low, high in self.actions.ranges]
+        want = (self.codes + self.actions.vocabulary, self.step_tokens * cfg.seq_len)
         if cfg.gpt.vocab_size != want[0] or cfg.gpt.block_size < want[1]:
             raise ConfigError(
                 "transformer does not fit the tokeniser",
@@ -84,26 +95,26 @@ class Wham(nn.Module):
 
     def action_range(self, index: int) -> tuple[int, int]:
         """Inclusive range of ids at action position ``index``."""
-        low, high = wham_actions.RANGES[index]
-        return self.codes + low, self.codes + high
+        return self._ranges[index]
 
     def sequence(self, image_BFI: Tensor, action_BFA: Tensor) -> Tensor:
         """Global ids (B, T) of complete steps, from local ids."""
         return torch.cat([image_BFI, action_BFA + self.codes], -1).flatten(1)
 
-    def loss(self, image_BFI: Tensor, action_BFA: Tensor,
-             mask_BF: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, image_BFI: Tensor, action_BFA: Tensor, mask_BF: Tensor | None = None,
+             network: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Cross entropy of image tokens (B, F, I) and action tokens (B, F, A), and their mean.
 
         The first token of all has loss 0 but counts in the mean, as published; steps that
-        ``mask_BF`` leaves out have loss 0 and do not count.
+        ``mask_BF`` leaves out have loss 0 and do not count. ``network``: the GPT as it is trained,
+        where it is wrapped for several processes.
         """
         ids = self.sequence(image_BFI, action_BFA)
-        told = losses(self.gpt(ids[:, :-1]), ids[:, 1:])
+        told = losses((self.gpt if network is None else network)(ids[:, :-1]), ids[:, 1:])
         told = torch.nn.functional.pad(told, (1, 0)).unflatten(1, (-1, self.step_tokens))
         seen = torch.ones_like(told) if mask_BF is None else mask_BF[..., None].expand_as(told)
         told = told * seen
-        parts = told.split([self.image_tokens, wham_actions.COUNT], -1)
+        parts = told.split([self.image_tokens, self.actions.count], -1)
         return parts[0], parts[1], told.sum() / seen.sum().clamp_min(1)
 
 

@@ -1,13 +1,13 @@
 """WHAM as a world of the engine: a state is ids, and pages of keys while the window grows.
 
-Shapes: B slot, G slot of one group, P page, F frame of the history, A = 16 action tokens, I image
+Shapes: B slot, G slot of one group, P page, F frame of the history, A action tokens, I image
 tokens, S = I + A, L layer, N heads, E head width.
 
 Positions are learned and absolute, so keys and values are good only while a window grows from its
 first token. A page holds what one step computes: the last image token and the action of frame f - 1
 and all but the last image token of frame f, S tokens in all; the first page of a window begins with
-``TAIL`` empty places. Once a window is full the next step drops its oldest frames and computes it
-anew, so no pages are kept for it and the state is a few hundred integers.
+``tail`` = A + 1 empty places. Once a window is full the next step drops its oldest frames and
+computes it anew, so no pages are kept for it and the state is a few hundred integers.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,6 @@ from worldgym import checkpoint
 from worldgym.engine import World
 from worldgym.errors import ConfigError, DTypeError, ShapeError
 from worldgym.memory import PagePool, PageSpec, Tables
-from worldgym.models import wham_actions
 from worldgym.models.gpt import StaticCache
 from worldgym.models.sampling import Sampling
 from worldgym.models.wham import Wham
@@ -41,7 +40,6 @@ from worldgym.state import Starts, WorldState
 
 LICENCE = Licence(name="Microsoft Research License (research use)", may_ship_weights=False,
                   may_train_on_outputs=False)
-TAIL = wham_actions.COUNT + 1  # tokens of a page that belong to the frame before
 
 
 class WhamWorld(World):
@@ -72,6 +70,7 @@ class WhamWorld(World):
                  licence: Licence = LICENCE, fingerprint: str = "", outcome=None,
                  max_pages: int | None = None) -> None:
         self.model, self.outcome = model, outcome
+        self.tail = model.actions.count + 1  # tokens of a page that belong to the frame before
         self.codec = model.tokenizer  # type: ignore[assignment]  # encode and decode, as a Codec
         self.device = model.gpt.device
         self.sampling = sampling or Sampling()
@@ -94,14 +93,15 @@ class WhamWorld(World):
         self.slide, self.lead, self.propose = slide, diagonal, propose
         self.spec = WorldSpec(
             name=name, frame_hw=model.tokenizer.frame_hw,
-            latent_chw=(1, *model.tokenizer.grid_hw), action=wham_actions.SPEC, fps=fps,
+            latent_chw=(1, *model.tokenizer.grid_hw), action=model.cfg.action, fps=fps,
             context_frames=self.window, licence=licence)
         self.history = self.window + 1
         # the action taken on each frame of the history; -1 where it is not known yet
-        self.extra = {"taken_BFA": ((self.history, wham_actions.COUNT), torch.int64)}
+        self.extra = {"taken_BFA": ((self.history, model.actions.count), torch.int64)}
         self.table_rows = 1
         options = f"window {self.window}, slide {slide}, diagonal {diagonal}"
-        self.fingerprint = f"{fingerprint or checkpoint.fingerprint(model)} {options}"
+        self.weights = fingerprint or checkpoint.fingerprint(model)  # equal: ids mean the same
+        self.fingerprint = f"{self.weights} {options}"
         self.pool = PagePool(
             PageSpec(layers=cfg.n_layer, heads=cfg.n_head, head_dim=cfg.n_embd // cfg.n_head,
                      tokens=model.step_tokens, dtype=next(model.gpt.parameters()).dtype),
@@ -109,11 +109,13 @@ class WhamWorld(World):
 
     # -- what the engine asks for --------------------------------------------------------------
 
-    def _features(self, actions: np.ndarray, null: np.ndarray | None = None) -> Tensor:
+    def features(self, actions: np.ndarray, null: np.ndarray | None = None) -> Tensor:
         """Local action ids; where no action is known, nothing is pressed."""
-        bins = np.where(null[:, None], wham_actions.NEUTRAL, actions) if null is not None else (
-            actions)
-        return torch.from_numpy(wham_actions.ids(bins)).to(self.device)
+        told = self.model.actions
+        ids = told.ids(actions)
+        if null is not None:
+            ids = np.where(null[:, None], told.neutral, ids)
+        return torch.from_numpy(ids).to(self.device)
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.dtype != torch.int64:
@@ -130,7 +132,7 @@ class WhamWorld(World):
 
     @property
     def pending_shape(self) -> tuple[int, ...]:
-        return (wham_actions.COUNT,)
+        return (self.model.actions.count,)
 
     def _remember(self, latents_BKChw: Tensor, features_BKA: Tensor, length_B: np.ndarray,
                   starts: Starts, extra: dict[str, Tensor]) -> Tables:
@@ -149,11 +151,12 @@ class WhamWorld(World):
         taken[:, -1] = action_BA
         pairs = self._pairs(state)
         order, groups = self._groups(state, pairs, taken, model.image_tokens - 1 + (
-            TAIL if self.propose else 0))
-        u = uniform(keys[order], PASSES["image"], model.image_tokens, self.device)
+            self.tail if self.propose else 0))
+        keys = keys[order]
+        u = uniform(keys, PASSES["image"], model.image_tokens, self.device)
         choose, act = sampler(self.sampling, u), None
         if self.propose:
-            act = self._actor(keys[order], 1)
+            act = self._actor(keys, 1)
         x = prefill(model, groups)
         if self.lead is None:
             ids, proposed = raster(model, groups, x, choose, act, self.watch)
@@ -162,14 +165,15 @@ class WhamWorld(World):
             ids, proposed = diagonal(model, groups, x, choose, self.lead, guess), None
         back = torch.from_numpy(np.argsort(order)).to(self.device)
         tables = self._keep(state, order, groups, pairs)
-        new = ids.new_full((len(ids), 1, TAIL - 1), -1) if proposed is None else proposed[:, None]
-        extra = {"taken_BFA": torch.cat([taken[:, 1:], new[back]], 1)}
+        if proposed is None:
+            proposed = ids.new_full((len(ids), self.tail - 1), -1)
+        extra = {"taken_BFA": torch.cat([taken[:, 1:], proposed[back][:, None]], 1)}
         return ids[back].view(-1, 1, *self.spec.latent_chw), extra, tables
 
     def _actor(self, keys_B4: np.ndarray, ahead: int):
         """Draws actions for the frame ``ahead`` steps on."""
         keys = keys_B4 + np.array([0, 0, ahead, 0])
-        return sampler(self.sampling, uniform(keys, PASSES["action"], TAIL - 1, self.device))
+        return sampler(self.sampling, uniform(keys, PASSES["action"], self.tail - 1, self.device))
 
     def _frames(self, state: WorldState) -> np.ndarray:
         """Frames (B,) of every slot's window, the current one included."""
@@ -202,13 +206,13 @@ class WhamWorld(World):
                             self.model.gpt.network().wpe)
         known = 0
         if pages_GP.shape[1]:
-            known = pages_GP.shape[1] * self.pool.spec.tokens - TAIL
+            known = pages_GP.shape[1] * self.pool.spec.tokens - self.tail
             flat = torch.from_numpy(pages_GP.ravel()).to(self.device)
             for layer in range(self.pool.spec.layers):
                 for store, out in ((self.pool.k, cache.k), (self.pool.v, cache.v)):
                     read = store[layer].index_select(0, flat).view(len(ids_GT), -1,
                                                                    *store[layer].shape[2:])
-                    out[layer][:, :known] = read[:, TAIL:]
+                    out[layer][:, :known] = read[:, self.tail:]
         return Group(rows, ids_GT, cache, known)
 
     def _keep(self, state: WorldState, order: np.ndarray, groups: list[Group],
@@ -223,7 +227,7 @@ class WhamWorld(World):
                 count = int(pairs[slots[0]]) + 1
                 if count > self.window:
                     continue
-                old = (group.known + TAIL) // s if group.known else 0
+                old = (group.known + self.tail) // s if group.known else 0
                 ids = self.pool.alloc(len(slots) * (count - old))
                 fresh.append(ids)
                 for layer in range(self.pool.spec.layers):
@@ -245,16 +249,16 @@ class WhamWorld(World):
     def _paged(self, store: Tensor, old: int, count: int) -> Tensor:
         """Keys or values of pages ``old`` to ``count`` - 1, (G * pages, S, N, E)."""
         s = self.pool.spec.tokens
-        rows = store[:, max(0, old * s - TAIL):count * s - TAIL]
+        rows = store[:, max(0, old * s - self.tail):count * s - self.tail]
         if not old:
-            rows = F.pad(rows, (0, 0, 0, 0, TAIL, 0))
+            rows = F.pad(rows, (0, 0, 0, 0, self.tail, 0))
         return rows.unflatten(1, (count - old, s)).flatten(0, 1)
 
     # -- the recorded players' next action -------------------------------------------------------
 
     @torch.no_grad()
     def proposal(self, state: WorldState, watch: Watch | None = None) -> np.ndarray:
-        """Bins (B, 16) that the behaviour policy does next; the state stays as it is.
+        """Actions (B, *shape) of the behaviour policy, next; the state stays as it is.
 
         The same draw however often it is asked for, and whether or not the world proposes.
         """
@@ -263,12 +267,12 @@ class WhamWorld(World):
         if watch is not None or bool((ids < 0).any()):
             model, frames = self.model, self._frames(state)
             order, groups = self._groups(state, frames, state.extra["taken_BFA"].clamp_min(0),
-                                         TAIL)
+                                         self.tail)
             for group in groups:  # the sequence ends with the current image
-                group.ids_GT = group.ids_GT[:, :1 - TAIL]
+                group.ids_GT = group.ids_GT[:, :1 - self.tail]
             ids = actions(model, groups, self._actor(state.keys_B4[order], 0), watch)
             ids = ids[torch.from_numpy(np.argsort(order)).to(self.device)]
-        return wham_actions.from_ids(ids.cpu().numpy())
+        return self.model.actions.values(ids.cpu().numpy())
 
 
 def _runs(values: np.ndarray) -> Iterator[slice]:

@@ -99,6 +99,9 @@ class FitConfig:
 class Fit(Stages):
     """One fitting run."""
 
+    files: Any = nano  # how a world is written and read
+    command = "worldgym fit"
+
     def __init__(self, cfg: FitConfig, group: Group | None = None) -> None:
         super().__init__(cfg, group or Group(device=torch.device(cfg.device)))
         size = self.group.size
@@ -261,6 +264,10 @@ class Fit(Stages):
         flat = actions.reshape(-1, *self.episodes.action.shape)
         return torch.from_numpy(self.episodes.action.encode(flat, null.ravel())).unflatten(0, shape)
 
+    def _seen(self, latents: np.ndarray) -> torch.Tensor:
+        """What the heads read of latents (B, K, C, h, w) as they are stored."""
+        return torch.from_numpy(latents.astype(np.float32)).to(self.group.device)
+
     def _outcome(self, iterations: int) -> None:
         cfg, group, device, batch = self.cfg, self.group, self.group.device, OUTCOME_BATCH
         head = self.nano.outcome
@@ -272,7 +279,7 @@ class Fit(Stages):
         head.reward_scale.fill_(float(bounds.max()) or 1.0)
 
         def loss(model, data, generator):
-            past = torch.from_numpy(data["latents"].astype(np.float32)).to(device)
+            past = self._seen(data["latents"])
             level = cfg.outcome_noise * torch.rand(batch, 1, 1, 1, 1, generator=generator)
             noise = torch.randn(batch, *past.shape[1:], generator=generator)
             past = past + (level * noise)[group.rows(batch)].to(device)
@@ -295,12 +302,16 @@ class Fit(Stages):
         self.out.mkdir(parents=True, exist_ok=True)
         bank.save(self.out / "starts.safetensors")
         card = {"task": self._task(), "provenance": self._provenance()}
-        nano.save(self.nano, self.out, card)
+        self.files.save(self.nano, self.out, card)
         if cfg.measure and len(self.held_ids):
-            world = nano.load(self.out, self.group.device)
+            world = self.files.load(self.out, self.group.device)
             card["metrics"] = measure(world, self.episodes, self.held_ids, seed=cfg.seed,
                                       clips=8 if cfg.quick else 64)
-            nano.save(self.nano, self.out, card)
+            self.files.save(self.nano, self.out, card)
+
+    def _context(self) -> int:
+        """Most frames of a start."""
+        return self.nano.cfg.window - 1
 
     def _task(self) -> dict:
         """What ``worldgym.envs.tasks.load_task`` reads: the real game and a horizon.
@@ -316,7 +327,7 @@ class Fit(Stages):
         cfg, data = self.cfg, self.episodes
         returns = [float(data.episode(i)["rewards"].sum()) for i in range(len(data))]
         return {
-            "command": command(cfg), "config": asdict(cfg), "seed": cfg.seed,
+            "command": command(cfg, self.command), "config": asdict(cfg), "seed": cfg.seed,
             "real_steps_used": int(data.steps), "episodes": len(data), "env": data.env,
             "mean_recorded_return": float(np.mean(returns)),
             "policies": dict(Counter(data.policies)), "training_seconds": self.seconds,
@@ -325,9 +336,11 @@ class Fit(Stages):
 
 
 def fit(cfg: FitConfig) -> Path:
-    """Fit a world; see ``FitConfig``. Returns the world folder."""
+    """Fit a world; see ``FitConfig`` and ``fit_wham.FitWhamConfig``. Returns the world folder."""
+    from worldgym.train.fit_wham import FitWham, FitWhamConfig
+
     group = Group.from_env(cfg.device, cfg.shard)
     try:
-        return Fit(cfg, group).run()
+        return (FitWham if isinstance(cfg, FitWhamConfig) else Fit)(cfg, group).run()
     finally:
         group.close()

@@ -26,6 +26,7 @@ from worldgym.errors import CheckpointError, NotFiniteError
 from worldgym.train.distributed import Group, fill, whole
 from worldgym.train.muon import Muon
 
+BLOCKS = ("blocks.", ".h.")  # where a DiT and a GPT keep their blocks
 Loss = Callable[[nn.Module, dict, torch.Generator], tuple[Tensor, dict[str, float]]]
 
 
@@ -67,7 +68,7 @@ def optimizers(module: nn.Module, cfg: LoopConfig,
     rest: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, p in module.named_parameters():
-        if cfg.muon and not shard and p.ndim == 2 and "blocks." in name:
+        if cfg.muon and not shard and p.ndim == 2 and any(part in name for part in BLOCKS):
             matrices.append(p)
         else:
             (rest if p.ndim > 1 else plain).append(p)

@@ -132,7 +132,7 @@ def end_chances(world: World, episodes: Episodes, ids: np.ndarray) -> tuple[np.n
         z = torch.cat([world.encode(np.array(episode["frames"][j:min(j + 256, n)]))
                        for j in range(0, n, 256)])
         past = z[torch.from_numpy(np.maximum(np.arange(n)[:, None] + np.arange(1 - k, 1), 0))]
-        features = torch.from_numpy(episodes.action.encode(episode["actions"][1:]))
+        features = world.features(episode["actions"][1:])
         chances.append(world.outcome(past, features.to(past.device))[0].cpu().numpy())
         truth.append(episode["terminated"][1:].astype(bool))
     return np.concatenate(chances), np.concatenate(truth)

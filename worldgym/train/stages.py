@@ -70,7 +70,7 @@ class Stages:
     def median(self, frames_RHWC: np.ndarray) -> Tensor:
         """Median of these frames, as pixels (3, H, W)."""
         median = np.median(frames_RHWC, axis=0).astype(np.uint8)
-        return to_pixels(torch.from_numpy(median)[None], self.nano.codec.cfg.frame_hw,
+        return to_pixels(torch.from_numpy(median)[None], self.nano.codec.frame_hw,
                          self.group.device)[0]
 
     def fit_codec(self, iterations: int, sample: Callable[[int], dict],
@@ -111,37 +111,51 @@ class Stages:
         codec.mean.copy_(raw.mean((0, 2, 3)))
         codec.std.copy_(raw.std((0, 2, 3)).clamp_min(1e-3))
 
-    @torch.no_grad()
     def encode(self, folder: Path, tag: str, total: int, read: Read,
                median: Callable[[], Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Latents (R, C, h, w) and cell weights (R, h, w) of ``total`` rows, float16, on disk.
 
         Made once for a ``tag`` and kept in ``folder``.
         """
-        codec, start = self.nano.codec, time.perf_counter()
+        codec = self.nano.codec
+        chw, device = codec.cfg.latent_chw, self.group.device
+
+        def store(frames: Tensor, median_CHW: Tensor) -> dict[str, Tensor]:
+            pixels = to_pixels(frames, codec.cfg.frame_hw, device)
+            return {"latents": codec.encode(frames),
+                    "weights": cell_weight(pixels, median_CHW, codec.cfg.cell)}
+
+        latents, weights = self.stored(folder, tag, total, read, median, store, {
+            "latents": (chw, np.float16), "weights": (chw[1:], np.float16)})
+        return latents, weights
+
+    @torch.no_grad()
+    def stored(self, folder: Path, tag: str, total: int, read: Read, prepare: Callable[[], Any],
+               make: Callable[[Tensor, Any], dict[str, Tensor]],
+               shapes: dict[str, tuple[tuple[int, ...], Any]]) -> list[np.ndarray]:
+        """Arrays (R, *shape) of dtype, one for each entry of ``shapes``, on disk: what
+        ``make(frames, prepare())`` says of all rows.
+
+        Made once for a ``tag`` and kept in ``folder``.
+        """
+        start = time.perf_counter()
         mark = folder / "latents.json"
         known = json.loads(mark.read_text()) if mark.exists() else {}
         if known.get("tag") != tag and self.group.first:
             folder.mkdir(parents=True, exist_ok=True)
             mark.unlink(missing_ok=True)
-            median_CHW = median()
-            shapes = {"latents": codec.cfg.latent_chw, "weights": codec.cfg.latent_chw[1:]}
-            stores = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16,
+            given = prepare()
+            stores = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype,
                                                       (total, *shape))
-                      for name, shape in shapes.items()}
+                      for name, (shape, dtype) in shapes.items()}
             for first in tqdm(range(0, total, 256), desc="encode", mininterval=5.0):
                 rows = np.arange(first, min(first + 256, total))
-                frames = torch.from_numpy(read(rows))
-                pixels = to_pixels(frames, codec.cfg.frame_hw, self.group.device)
-                stores["latents"][rows] = codec.encode(frames).cpu().numpy()
-                stores["weights"][rows] = cell_weight(pixels, median_CHW,
-                                                      codec.cfg.cell).cpu().numpy()
+                for name, made in make(torch.from_numpy(read(rows)), given).items():
+                    stores[name][rows] = made.cpu().numpy()
             known = {"tag": tag, "seconds": round(time.perf_counter() - start, 1)}
             for store in stores.values():
                 store.flush()
             mark.write_text(json.dumps(known))  # last: a kill before this encodes again
         self.group.barrier()
         self.seconds["encode"] = round(self.seconds.get("encode", 0.0) + known.get("seconds", 0), 1)
-        latents, weights = (np.load(folder / f"{name}.npy", mmap_mode="r")
-                            for name in ("latents", "weights"))
-        return latents, weights
+        return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes]
