@@ -73,7 +73,8 @@ class World:
         self.history = max(outcome.frames if outcome else 1, spec.context_frames,
                            dynamics.cfg.recent + 1)
         # what else a state holds, and how its tensors look (for files): name -> (shape, dtype)
-        self.extra: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        # or, for a PerSlot, the class of its values
+        self.extra: dict[str, Any] = {}
         self.table_rows = 1  # per slot
 
     @property
@@ -95,6 +96,10 @@ class World:
             raise ShapeError("latents have the wrong shape", given=tuple(latents_BChw.shape),
                              expected=("batch", *self.spec.latent_chw), fix="use World.encode")
         return self.codec.decode(latents_BChw.to(self.device))
+
+    def pictures(self, state: WorldState) -> Tensor:
+        """The newest frame of every slot, uint8 (B, H, W, 3)."""
+        return self.decode(state.latents_BCHW)
 
     # -- begin -------------------------------------------------------------------------------
 

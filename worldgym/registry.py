@@ -8,6 +8,10 @@ ENVS = {
     ),
     "worldgym/WHAM-v0": ("worldgym.envs.wham:wham", "worldgym.envs.wham:wham_vector"),
     "worldgym/SCOPE-v0": ("worldgym.envs.scope:scope", "worldgym.envs.scope:scope_vector"),
+    "worldgym/WorldPlay-v0": (
+        "worldgym.envs.worldplay:worldplay",
+        "worldgym.envs.worldplay:worldplay_vector",
+    ),
 }
 
 
