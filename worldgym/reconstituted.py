@@ -136,6 +136,15 @@ class Reconstituted:
         return np.sort(np.concatenate([*first, *found, recent]))
 
 
+class Recent(Reconstituted):
+    """No memory, for comparison: as many frames, all of them the newest."""
+
+    def select(self, w2c_N44: np.ndarray, start: int, K_33: np.ndarray | None = None,
+               views: tuple[np.ndarray, ...] | None = None) -> np.ndarray:
+        """The newest frames."""
+        return np.arange(max(0, start - self.total), start)
+
+
 WAN_MEMORY = Reconstituted()
 HUNYUAN_MEMORY = Reconstituted(total=20, keep_first=True)
 

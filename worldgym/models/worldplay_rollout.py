@@ -50,10 +50,16 @@ class ChunkStepper:
         sampler: noise levels; the published four by default.
         context_time: timestep at which clean context latents are encoded, and at which the given
             first latent of an image start stays.
+        positions: of context frames: "reframed", their ranks, as published; "plain", their true
+            numbers, for comparison.
     """
 
     def __init__(self, dit: Any, memory: Reconstituted = WAN_MEMORY, sampler: Euler | None = None,
-                 context_time: float = CONTEXT_TIME) -> None:
+                 context_time: float = CONTEXT_TIME, positions: str = "reframed") -> None:
+        if positions not in ("reframed", "plain"):
+            raise ConfigError("unknown positions", given=repr(positions), fix='use "reframed"',
+                              expected='"reframed" or "plain"')
+        self.plain = positions == "plain"
         self.dit, self.memory, self.context_time = dit, memory, context_time
         self.sampler = sampler or Euler.at(TIMESTEPS)
         self.overwrites = not hasattr(dit, "inputs")  # else conditions are channels of the input
@@ -142,13 +148,16 @@ class ChunkStepper:
             cameras = Cameras(torch.cat([p.w2c_BF44 for p in past]).to(here),
                               None if now.K_BF33 is None else torch.cat(K)).seen_from(here)
             latents = torch.stack([h.latents(c) for h, c in zip(histories, chosen, strict=True)])
+            where = {"frame_index_BF": torch.from_numpy(np.stack(chosen)).to(place)} if (
+                self.plain) else {}
             old = np.stack([h.of("label")[c] for h, c in zip(histories, chosen, strict=True)])
             context = self.dit.context(
                 inputs(latents.transpose(1, 2).to(x), np.stack(chosen)),
                 labels_BF=torch.from_numpy(old).to(place), cameras=cameras,
-                t=self.context_time, **given)
-        index = length + torch.arange(n, device=place)
+                t=self.context_time, **where, **given)
         frames = np.array([len(h) for h in histories])[:, None] + np.arange(n)
+        index = torch.from_numpy(frames).to(place) if self.plain else (
+            length + torch.arange(n, device=place))
         for i, t in enumerate(self.sampler.timesteps_S.tolist()):
             times = torch.full((len(x), n), t, device=place)
             if first is not None:

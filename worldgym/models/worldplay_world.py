@@ -81,7 +81,7 @@ class WorldPlayWorld(World):
         dit: ``WorldPlayDiT``. video: its codec (``worldgym.models.film``).
         memory: which past frames a chunk sees. sampler: noise levels.
         controls: what actions mean. K_33: pixel intrinsics.
-        opening: what a start of one picture is, see above.
+        opening: what a start of one picture is, see above. positions: see ``ChunkStepper``.
         longest: latent frames of the longest start.
         heads: ``moves(latents_BChw, labels_Bn) -> bool (B, n)``, which moves walls let happen, and
             ``ends(before_BChw, latents_BnChw) -> (B, n)``, chance of an end at each latent frame,
@@ -94,7 +94,7 @@ class WorldPlayWorld(World):
     def __init__(self, dit: Any, video: Any, *, memory: Reconstituted = WAN_MEMORY,
                  sampler: Euler | None = None, controls: Controls | None = None,
                  K_33: np.ndarray = camera.DEFAULT_K, opening: str = "picture",
-                 longest: int = 64, heads: Any = None, fps: float = FPS, temperature: float = 1.0,
+                 positions: str = "reframed", longest: int = 64, heads: Any = None, fps: float = FPS, temperature: float = 1.0,
                  name: str = "worldplay", fingerprint: str = "",
                  licence: Licence | None = None) -> None:
         if opening not in OPENINGS or longest < memory.chunk or not 0 < temperature <= 10:
@@ -103,7 +103,7 @@ class WorldPlayWorld(World):
                               expected=f"one of {OPENINGS}, at least {memory.chunk}, 0 < t <= 10")
         sampler = sampler or Euler.at(TIMESTEPS)
         self.dit, self.video, self.memory, self.heads = dit, video, memory, heads
-        self.stepper: Any = ChunkStepper(dit, memory, sampler)
+        self.stepper: Any = ChunkStepper(dit, memory, sampler, positions=positions)
         self.controls = controls or Controls()
         self.opening, self.temperature, self.outcome = opening, temperature, None
         self.weight = next(dit.parameters())
@@ -120,7 +120,8 @@ class WorldPlayWorld(World):
                            "prompt": ((PROMPT_BYTES,), torch.uint8)}
         self.pool = PagePool(PageSpec(layers=1, heads=1, head_dim=1, tokens=1), self.device)
         points = memory.points if memory.points_M3 is not None else memory.scoring
-        options = (f"{sampler.timesteps_S.tolist()} {memory.total} {memory.temporal} {n} "
+        options = (f"{sampler.timesteps_S.tolist()} {positions} {type(memory).__name__} "
+                   f"{memory.total} {memory.temporal} {n} "
                    f"{memory.keep_first} {points} {self.controls} {self.K.tolist()} {opening} "
                    f"{temperature} {video.frame_hw}")
         self.fingerprint = f"{fingerprint or checkpoint.fingerprint(dit)} {options}"
