@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from worldgym import camera
 from worldgym.envs.record import Recorded, collect
-from worldgym.envs.rooms_draw import REACH, ROOM, Layout, draw, make_layout
+from worldgym.envs.rooms_draw import REACH, ROOM, Layout, draw, intrinsics, make_layout
 from worldgym.errors import ActionError, ConfigError, ResetNeeded
 
 ID, GAME = "worldgym/Rooms-v0", "worldgym/RoomsGame-v0"
@@ -55,6 +55,9 @@ class Rooms(gymnasium.Env):
         self.observation_space = spaces.Box(0, 255, (*self.frame_hw, 3), np.uint8)
         self.action_space = spaces.Discrete(len(LABELS))
         self.metadata = {**Rooms.metadata, "render_fps": FPS / frames}
+        self.recipe = {"id": GAME, "labels": list(LABELS), "move": MOVE, "turn": TURN,
+                       "K": intrinsics(self.frame_hw).ravel().tolist(), "frames": FRAMES,
+                       "horizon": HORIZON}
         self.layout: Layout | None = None
         self.c2w = self.start = np.eye(4)
         self.elapsed, self.over = 0, True
@@ -210,14 +213,15 @@ PLAYERS: tuple[tuple[str, float, Callable[[np.random.Generator], Any]], ...] = (
     ("seeker", 0.25, Seeker))
 
 
-def record_rooms(out: str | Path, *, episodes: int, seed: int = 0, steps: int = HORIZON,
+def record_rooms(out: str | Path, *, episodes: int | None = None,
+                 frames_in_all: int | None = None, seed: int = 0, steps: int = HORIZON,
                  frame_hw: tuple[int, int] = FRAME_HW, progress: bool = True) -> Recorded:
     """Record episodes frame by frame, with keys, exact poses (``info_pose``) and whether the way
     was free (``info_free``); the same call goes on where it was stopped.
 
     Args:
-        episodes: that the folder shall hold. steps: longest episode, in steps of ``FRAMES`` frames.
+        episodes, frames_in_all: that the folder shall hold, whichever comes first. steps: longest episode, in steps of ``FRAMES`` frames.
     """
     return collect(lambda: Rooms(frames=1, frame_hw=frame_hw, horizon=None), out,
-                   episodes=episodes, policies=PLAYERS, seed=seed, info=("pose", "free"),
+                   episodes=episodes, steps=frames_in_all, policies=PLAYERS, seed=seed, info=("pose", "free"),
                    max_episode_steps=steps * FRAMES, progress=progress)

@@ -20,6 +20,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "horizon": 525,  # agent steps: the real game stops after 2,100 tics, 4 tics a step
         "twin": "VizdoomTakeCover-v1",
     },
+    "worldgym/Rooms-v0": {"folder": PACKAGED / "rooms"},
 }
 
 Judge = Callable[[Any], Any]
@@ -123,9 +124,17 @@ def _load(folder: str, stamp: int, device: str,
     from worldgym.models import nano
 
     changes = {} if temperature is None else {"temperature": temperature}
+    described = json.loads((Path(folder) / "world.json").read_text())
+    if described.get("kind") == "worldgym.rooms":
+        from worldgym.envs.worldplay import WorldPlayStarts
+        from worldgym.models import rooms
+
+        small = rooms.load(Path(folder), device, **changes)
+        pictures = rooms.load_starts(folder)
+        return small, WorldPlayStarts(small, pictures, [""] * len(pictures), None), dict(
+            described.get("task", {}))
     world = nano.load(Path(folder), device, **changes)
     starts = StartBank.load(Path(folder) / "starts.safetensors")
-    described = json.loads((Path(folder) / "world.json").read_text())
     return world, starts, dict(described.get("task", {}))
 
 

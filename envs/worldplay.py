@@ -361,3 +361,19 @@ def worldplay_vector(num_envs: int = 1, **settings: Any) -> WorldPlayVectorEnv:
     """Entry point of ``gymnasium.make_vec("worldgym/WorldPlay-v0", model=FOLDER)``."""
     task, rest = _split(*_task(settings), ("render_mode", "autoreset_mode"))
     return WorldPlayVectorEnv(task, num_envs, **rest)
+
+
+def rooms(**settings: Any) -> WorldPlayEnv:
+    """Entry point of ``gymnasium.make("worldgym/Rooms-v0")``, a small world of four rooms.
+
+    A key is held for the step's 4 frames; the start picture stands still in memory, so that every
+    step makes 4 frames. Settings: those of ``make_dream``.
+    """
+    task, rest = _split("worldgym/Rooms-v0", settings, ("render_mode",))
+    return WorldPlayEnv(task, **rest)
+
+
+def rooms_vector(num_envs: int = 1, **settings: Any) -> WorldPlayVectorEnv:
+    """Entry point of ``gymnasium.make_vec("worldgym/Rooms-v0")``."""
+    task, rest = _split("worldgym/Rooms-v0", settings, ("render_mode", "autoreset_mode"))
+    return WorldPlayVectorEnv(task, num_envs, **rest)

@@ -12,6 +12,11 @@ ENVS = {
         "worldgym.envs.worldplay:worldplay",
         "worldgym.envs.worldplay:worldplay_vector",
     ),
+    "worldgym/Rooms-v0": (
+        "worldgym.envs.worldplay:rooms",
+        "worldgym.envs.worldplay:rooms_vector",
+    ),
+    "worldgym/RoomsGame-v0": ("worldgym.envs.rooms:Rooms", None),
 }
 
 

@@ -31,6 +31,7 @@ from worldgym.reconstituted import Reconstituted, Recent, Scoring
 from worldgym.schedule import Euler
 
 KIND = "worldgym.rooms"
+CLEAN = CONTEXT_TIME  # timestep of context frames without noise
 MEMORIES = ("memory", "none")
 POSITIONS = ("reframed", "plain")
 WISH = 6  # numbers that tell where a frame's keys want to go
@@ -68,7 +69,7 @@ class RoomsConfig:
     memory: str = "memory"
     head_width: int = 48
     reward: float = 1.0
-    sure: float = 0.2
+    sure: float = 0.5
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS or self.memory not in MEMORIES or len(self.K) != 9:
@@ -260,6 +261,3 @@ def load_starts(folder: str | Path) -> np.ndarray:
         raise ConfigError("not the starts of a rooms world", given=json.dumps(header)[:80],
                           expected=KIND + ".starts", fix="fit the world again")
     return tensors["frames"].numpy()
-
-
-CLEAN = CONTEXT_TIME  # timestep of context frames without noise
