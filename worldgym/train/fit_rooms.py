@@ -116,7 +116,7 @@ class Clips:
             start = young if not whole else n * int(
                 rng.integers(total // n + 1, self.chunks(episode)))
             forget = rng.random() < FORGETFUL
-            old = self.recent.select(self.w2c[:0], start) if forget else self.context(
+            old = self.recent.choose(self.w2c[:n], start, None, ()) if forget else self.context(
                 int(episode), start)
             new = np.arange(start, start + n)
             for name, frames in (("old", old), ("new", new)):
