@@ -48,7 +48,6 @@ class Collect:
     def run(self) -> None:
         """Record."""
         from worldgym.agents.games import record
-
         from worldgym.envs import rooms
 
         if self.env in (rooms.ID, rooms.GAME):  # frame by frame, with poses, by its own players
@@ -271,7 +270,8 @@ class Bench:
     """Measure speed, constancy of cost, memory and overhead of a world.
 
     Args:
-        world: world id or folder; or "scope": SCOPE's work at its real size, and a tiny pass.
+        world: world id or folder; or "scope": SCOPE's work at its real size, and a tiny pass; or
+            "worldplay": what a long episode costs a tiny one.
         out: results file to write; nothing is written without it (scope: results/scope_bench.json).
         slots: dreams in parallel.
         seconds: time per speed measurement.
@@ -292,6 +292,11 @@ class Bench:
             from worldgym.agents import bench_scope
 
             bench_scope.bench(self.out, self.seconds)
+            return
+        if self.world == "worldplay":
+            from worldgym.agents import bench_worldplay
+
+            bench_worldplay.bench(self.out)
             return
         bench(self.world, self.out, slots=self.slots, seconds=self.seconds, long=self.long)
 

@@ -220,8 +220,10 @@ def record_rooms(out: str | Path, *, episodes: int | None = None,
     was free (``info_free``); the same call goes on where it was stopped.
 
     Args:
-        episodes, frames_in_all: that the folder shall hold, whichever comes first. steps: longest episode, in steps of ``FRAMES`` frames.
+        episodes, frames_in_all: that the folder shall hold, whichever comes first.
+        steps: longest episode, in steps of ``FRAMES`` frames.
     """
     return collect(lambda: Rooms(frames=1, frame_hw=frame_hw, horizon=None), out,
-                   episodes=episodes, steps=frames_in_all, policies=PLAYERS, seed=seed, info=("pose", "free"),
-                   max_episode_steps=steps * FRAMES, progress=progress)
+                   episodes=episodes, steps=frames_in_all, policies=PLAYERS, seed=seed,
+                   info=("pose", "free"), max_episode_steps=steps * FRAMES,
+                   progress=progress)

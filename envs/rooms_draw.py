@@ -84,9 +84,8 @@ def make_layout(rng: np.random.Generator) -> Layout:
             for facing in (-1, 1):
                 wall(axis, here + facing * PILLAR, there - PILLAR, there + PILLAR, facing, paint,
                      pattern)
-    axis_M, at, low, high, facing_M, paint_M, pattern_M = zip(*pieces, strict=True)
-    return Layout(np.array(axis_M), np.array(at), np.array(low), np.array(high),
-                  np.array(facing_M), np.stack(paint_M), np.array(pattern_M), floors, spots[0])
+    columns = [np.array(column) for column in zip(*pieces, strict=True)]
+    return Layout(*columns, floors, spots[0])
 
 
 def focal(frame_hw: tuple[int, int]) -> float:

@@ -20,8 +20,8 @@ class Chunk:
     ends; ``end_frame_B``: index of the last frame that counts; ``uncertainty_B``: fork spread, if
     it was asked for; ``drift_B``: how far the frames have moved from what the episode began with,
     where a world tells it; ``first_frame_B``: index of the first frame that counts (default 0);
-    ``notes``: what else the faces put into info, by name, one row per slot. ``frames()`` decodes on first use: with ``video``, all of the chunk at
-    once, or with ``decode``, latent by latent.
+    ``notes``: what else the faces put into info, by name, one row per slot. ``frames()`` decodes on
+    first use: with ``video``, all of the chunk at once, or with ``decode``, latent by latent.
     """
 
     slots: np.ndarray

@@ -109,7 +109,8 @@ class WorldState:
     are real), ``pending_BA`` (action features of the current frame, not yet in memory), ``index_B``
     (absolute index of the current frame), ``seed_B``, ``episode_B``, ``step_B``, ``branch_B``
     (the noise key), ``fingerprint`` (which world it belongs to), ``extra`` (whatever else a world
-    keeps of a slot, tensors or ``PerSlot`` by name). A guided world has two rows of ``tables`` per slot.
+    keeps of a slot, tensors or ``PerSlot`` by name). A guided world has two rows of ``tables`` per
+    slot.
     """
 
     COUNTERS = ("index_B", "lengths_B", "seed_B", "episode_B", "step_B", "branch_B")

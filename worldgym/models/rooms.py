@@ -1,8 +1,8 @@
 """A small WorldPlay of our own: ``nano``'s codec, the camera DiT, reconstituted memory, two heads.
 
 Shapes: B slot, n latent frame of a chunk, K context frame, F latent frame, C channel, h w latent
-grid. A world folder holds ``world.safetensors``, ``world.json`` and ``starts.safetensors`` (pictures
-that episodes begin with).
+grid. A world folder holds ``world.safetensors``, ``world.json`` and ``starts.safetensors``
+(pictures that episodes begin with).
 """
 
 import json
@@ -27,7 +27,7 @@ from worldgym.models.prope import Cameras
 from worldgym.models.wan import WanConfig
 from worldgym.models.worldplay import CONTEXT_TIME, WorldPlayDiT
 from worldgym.models.worldplay_world import WorldPlayWorld
-from worldgym.reconstituted import Reconstituted, Recent, Scoring
+from worldgym.reconstituted import Recent, Reconstituted, Scoring
 from worldgym.schedule import Euler
 
 KIND = "worldgym.rooms"

@@ -94,9 +94,9 @@ class WorldPlayWorld(World):
     def __init__(self, dit: Any, video: Any, *, memory: Reconstituted = WAN_MEMORY,
                  sampler: Euler | None = None, controls: Controls | None = None,
                  K_33: np.ndarray = camera.DEFAULT_K, opening: str = "picture",
-                 positions: str = "reframed", longest: int = 64, heads: Any = None, fps: float = FPS, temperature: float = 1.0,
-                 name: str = "worldplay", fingerprint: str = "",
-                 licence: Licence | None = None) -> None:
+                 positions: str = "reframed", longest: int = 64, heads: Any = None,
+                 fps: float = FPS, temperature: float = 1.0, name: str = "worldplay",
+                 fingerprint: str = "", licence: Licence | None = None) -> None:
         if opening not in OPENINGS or longest < memory.chunk or not 0 < temperature <= 10:
             raise ConfigError("impossible world", given=f"opening {opening!r}, longest {longest}, "
                               f"temperature {temperature}", fix="leave them out",
@@ -355,7 +355,8 @@ class WorldPlayWorld(World):
                 None if text is None else text[where], first)
             latents[where] = made
             for row, i in enumerate(group):
-                film = Film(made[row].transpose(0, 1), pasts[i].film)
+                streams = self.video.pictures > 1  # else a frame needs none before it
+                film = Film(made[row].transpose(0, 1), pasts[i].film if streams else None)
                 grown[i] = Past(histories[row], self.video, film, seen[row])
         return (latents.transpose(1, 2).float().contiguous(),
                 state.extra | {"past": PerSlot(grown)}, state.tables)
