@@ -128,7 +128,7 @@ def our_pass(dit: ScopeDiT, given: dict[str, Any]) -> Tensor:
     """The same from what is computed once per prompt and once per clip."""
     x = given["x"]
     times = frame_times(given["t"].reshape(1), len(x), x.shape[2], True)
-    return dit(x, times, text_kv=given["text_kv"], controls=given["controls"])
+    return dit.infer(x, times, text_kv=given["text_kv"], controls=given["controls"])
 
 
 def inputs(dit: ScopeDiT, frames: int, hw: tuple[int, int], seed: int = 0) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def test_rewards_and_ends_are_learned_per_player():
         if p.ndim > 1:
             torch.nn.init.xavier_uniform_(p, generator=generator(i))
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    for i in range(150):
+    for i in range(300):
         optimizer.zero_grad()
         loss, _ = party_outcome_loss(model, cfg, outcome_batch(48, i, cfg), torch.ones(()))
         loss.backward()
@@ -248,7 +248,7 @@ def test_rewards_and_ends_are_learned_per_player():
     truth = data["rewards_BFN"][:, 1]
     assert 20 < truth.sum() < 200
     assert reward[truth == 1].mean() > 0.8 and reward[truth == 0].mean() < 0.05
-    assert chance[truth == 1].mean() > 0.25 and chance[truth == 0].mean() < 0.05
+    assert chance[truth == 1].mean() > 0.6 and chance[truth == 0].mean() < 0.05
     order = torch.tensor([1, 0])  # players are a set here, too
     swapped = heads(given[0], given[1][:, order], given[2], given[3][:, order], actions[:, order],
                     valid)

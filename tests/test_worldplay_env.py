@@ -256,3 +256,19 @@ def test_the_published_folder_as_an_environment(tmp_path):
         env.reset(options={"frames": parts[:17]})
     with pytest.raises(ConfigError, match="no WorldPlay folder"):
         gymnasium.make("worldgym/WorldPlay-v0", model=tmp_path)
+
+
+def test_a_long_episode_is_measured(tmp_path, monkeypatch):
+
+    from worldgym.agents import bench_worldplay as bench
+
+    monkeypatch.setattr(bench, "LATE", 30)
+    monkeypatch.setattr(bench, "STORED", 200)
+    rows = bench.bench(tmp_path / "b.json", rounds=4)
+    assert [r.metric for r in rows] == ["chunk500_over_chunk10", "retrieval_ms_2000"]
+    assert all(r.value > 0 and r.what == "tiny" and r.n == 4 for r in rows)
+    assert json.loads((tmp_path / "b.json").read_text())["rows"]
+    world = bench.tiny()
+    state = bench.start(world, 20)
+    seen = state.extra["past"][0].history
+    assert len(seen) == 80 and np.abs(bench.walk(400)[:, :3, 3]).max() < 20

@@ -217,7 +217,7 @@ def denoise(dit: ScopeDiT, noise_BCFhw: Tensor, text: TextKV, negative: TextKV |
         return x
 
     def flow(t_BF: Tensor, text_kv: TextKV) -> Tensor:
-        out = dit(x.to(weight.dtype), t_BF, text_kv=text_kv, controls=controls)
+        out = dit.infer(x.to(weight.dtype), t_BF, text_kv=text_kv, controls=controls)
         return out.to(dtype)
 
     both, doubled = None, None
@@ -229,8 +229,8 @@ def denoise(dit: ScopeDiT, noise_BCFhw: Tensor, text: TextKV, negative: TextKV |
 
     def flows_of(t_BF: Tensor) -> tuple[Tensor, Tensor | None]:
         if both is not None:
-            out = dit(torch.cat([x, x]).to(weight.dtype), torch.cat([t_BF, t_BF]), text_kv=both,
-                      controls=doubled).to(dtype)
+            out = dit.infer(torch.cat([x, x]).to(weight.dtype), torch.cat([t_BF, t_BF]),
+                            text_kv=both, controls=doubled).to(dtype)
             return out[:b], out[b:]
         return flow(t_BF, text), flow(t_BF, negative) if guided else None  # type: ignore[arg-type]
 

@@ -102,8 +102,7 @@ def rotate(x_BTND: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate every head's pairs; ``table`` comes from ``cos_sin``."""
     cos, sin = table
     if (x_BTND.device.type == "cpu" and x_BTND.dtype == cos.dtype == torch.float32
-            and x_BTND.is_contiguous() and cos.shape[-1] % 32 == 0
-            and not torch.is_grad_enabled()):
+            and x_BTND.is_contiguous() and cos.shape[-1] % 32 == 0):
         # the same bits in a quarter of the time: one complex product reads and writes once
         # (for other widths the last few pairs would go through another kernel and other bits)
         turn = (table if isinstance(table, Table) else Table(table)).unit

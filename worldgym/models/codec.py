@@ -21,6 +21,8 @@ class CodecConfig:
     """Sizes of the autoencoder; ``frame_hw`` must be divisible by 8.
 
     ``stem``: pixels of a side of the first squares; a latent cell is two of them wide and high.
+    ``local``: a latent cell sees and draws its own pixels only: for games of tiles, where it then
+    changes only when its tile does.
     """
 
     frame_hw: tuple[int, int] = (48, 80)
@@ -29,6 +31,7 @@ class CodecConfig:
     deep_width: int = 96
     noise: float = 0.3  # of raw latents while training: only what survives it is worth encoding
     stem: int = 4
+    local: bool = False
 
     @property
     def cell(self) -> int:
@@ -42,12 +45,12 @@ class CodecConfig:
 
 
 class _Residual(nn.Module):
-    """Pre-activation residual block of two 3x3 convolutions."""
+    """Pre-activation residual block of two convolutions of ``side`` x ``side``."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, side: int) -> None:
         super().__init__()
-        self.a = nn.Conv2d(width, width, 3, padding=1)
-        self.b = nn.Conv2d(width, width, 3, padding=1)
+        self.a = nn.Conv2d(width, width, side, padding=side // 2)
+        self.b = nn.Conv2d(width, width, side, padding=side // 2)
         nn.init.zeros_(self.b.weight)
         assert self.b.bias is not None
         nn.init.zeros_(self.b.bias)
@@ -77,15 +80,20 @@ class Codec(nn.Module):
             )
         self.cfg = cfg
         w, d, stem = cfg.width, cfg.deep_width, cfg.stem
+        side = 1 if cfg.local else 3
+
+        def conv(inputs: int, outputs: int) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, side, padding=side // 2)
+
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(stem), nn.Conv2d(3 * stem**2, w, 3, padding=1), _Residual(w),
-            nn.PixelUnshuffle(2), nn.Conv2d(4 * w, d, 1), _Residual(d),
+            nn.PixelUnshuffle(stem), conv(3 * stem**2, w), _Residual(w, side),
+            nn.PixelUnshuffle(2), nn.Conv2d(4 * w, d, 1), _Residual(d, side),
             nn.Conv2d(d, cfg.channels, 1),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(cfg.channels, d, 3, padding=1), _Residual(d), _Residual(d),
-            nn.Conv2d(d, 4 * w, 1), nn.PixelShuffle(2), _Residual(w), nn.SiLU(),
-            nn.Conv2d(w, 3 * stem**2, 3, padding=1), nn.PixelShuffle(stem),
+            conv(cfg.channels, d), _Residual(d, side), _Residual(d, side),
+            nn.Conv2d(d, 4 * w, 1), nn.PixelShuffle(2), _Residual(w, side), nn.SiLU(),
+            conv(w, 3 * stem**2), nn.PixelShuffle(stem),
         )
         self.register_buffer("mean", torch.zeros(cfg.channels))
         self.register_buffer("std", torch.ones(cfg.channels))

@@ -89,8 +89,9 @@ class NanoConfig:
         for name in ("reward_range", "outcome_ahead"):  # older worlds keep their fingerprint
             if not data[name]:
                 del data[name]
-        if data["codec"]["stem"] == 4:
-            del data["codec"]["stem"]
+        for name, usual in (("stem", 4), ("local", False)):
+            if data["codec"][name] == usual:
+                del data["codec"][name]
         return data
 
     @classmethod

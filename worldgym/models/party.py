@@ -36,16 +36,25 @@ from worldgym.rope import cos_sin, rotation_at
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartyConfig:
     """``latent_chw``: one latent frame; ``window``: frames a step can see, itself included;
-    ``recent``: frames before each one laid beside it as input channels (0 as published)."""
+    ``recent``: frames before each one laid beside it as input channels (0 as published); ``skip``:
+    root mean square step, from one frame to the next, of latents, positions, and facing and alive:
+    the network then learns what changes only, see ``stay`` (None as published; with it, ``recent``
+    and ``subjects.beside`` are needed)."""
 
     latent_chw: tuple[int, int, int]
     wan: WanConfig
     subjects: SubjectConfig = field(default_factory=SubjectConfig)
     window: int = 5
     recent: int = 0
+    skip: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         c, h, w = self.latent_chw
+        if self.skip and not (self.recent and self.subjects.beside and min(self.skip) > 0):
+            raise ConfigError("nothing to stay at", given=f"skip {self.skip}, recent "
+                              f"{self.recent}, beside {self.subjects.beside}",
+                              expected="recent >= 1 and subjects beside, skip above 0",
+                              fix="set skip=None, or build the sizes with party.nano_config")
         _, ph, pw = self.wan.patch_size
         if (self.wan.in_dim, self.wan.out_dim) != (c * (1 + self.recent), c) or h % ph or w % pw:
             raise ConfigError(
@@ -69,6 +78,7 @@ class PartyConfig:
         try:
             return cls(**data | {"wan": WanConfig.from_dict(data["wan"]),
                                  "subjects": SubjectConfig(**data["subjects"]),
+                                 "skip": tuple(data["skip"]) if data.get("skip") else None,
                                  "latent_chw": tuple(data["latent_chw"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError("party configuration cannot be read", given=str(error),
@@ -88,7 +98,8 @@ PARTY_1_3B = PartyConfig(latent_chw=(16, 64, 64), wan=WAN_1_3B)
 
 def nano_config(latent_chw: tuple[int, int, int], games: int = 1, width: int = 128,
                 layers: int = 6, head: int = 32, recent: int = 1, window: int = 5,
-                patch: tuple[int, int] = (1, 1), **subjects) -> PartyConfig:
+                patch: tuple[int, int] = (1, 1), skip: tuple[float, float, float] | None = None,
+                **subjects) -> PartyConfig:
     """A small network; its text is one row, the game as a one-hot of ``games``.
 
     ``subjects``: fields of ``SubjectConfig``; by default states, too, have what was before beside.
@@ -97,7 +108,7 @@ def nano_config(latent_chw: tuple[int, int, int], games: int = 1, width: int = 1
     wan = WanConfig(dim=width, ffn_dim=4 * width, num_heads=max(1, width // head),
                     num_layers=layers, in_dim=c * (1 + recent), out_dim=c, freq_dim=width // 2,
                     text_dim=games, text_len=1, patch_size=(1, *patch))
-    return PartyConfig(latent_chw=latent_chw, wan=wan, window=window, recent=recent,
+    return PartyConfig(latent_chw=latent_chw, wan=wan, window=window, recent=recent, skip=skip,
                        subjects=SubjectConfig(**{"beside": recent > 0, **subjects}))
 
 
@@ -163,6 +174,28 @@ class PartyDynamics(nn.Module):
                 the states before; default: those of the frames.
             recent_BRFhw: the frames before, as channels.
         """
+        flows = self._joint(
+            video_BCFhw, states_BFNS, t_BF, actions_BGN, before_BFNS, valid_BN, text_kv, attend,
+            frame_index_BF, action_frame_BG, action_before_BGNS, recent_BRFhw)
+        if not self.cfg.skip:
+            return flows
+        assert recent_BRFhw is not None
+        still, turn, other = self.cfg.skip
+        each = torch.tensor([turn] * 2 + [other] * 5, device=t_BF.device)[:states_BFNS.shape[-1]]
+        level, c = t_BF / 1000, video_BCFhw.shape[1]
+        video = stay(video_BCFhw, recent_BRFhw[:, :c], level[:, None, :, None, None],
+                     torch.tensor(still, device=t_BF.device), flows[0])
+        there = valid_BN[:, None, :, None]
+        states = stay(states_BFNS, before_BFNS, level[:, :, None, None], each, flows[1])
+        return video, torch.where(there, states, 0)
+
+    def _joint(self, video_BCFhw: Tensor, states_BFNS: Tensor, t_BF: Tensor, actions_BGN: Tensor,
+               before_BFNS: Tensor, valid_BN: Tensor,
+               text_kv: list[tuple[Tensor, Tensor]] | None, attend: Attend | None,
+               frame_index_BF: Tensor | None, action_frame_BG: Tensor | None,
+               action_before_BGNS: Tensor | None,
+               recent_BRFhw: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the network itself says; see ``joint``."""
         b, _, f = video_BCFhw.shape[:3]
         x = video_BCFhw if recent_BRFhw is None else torch.cat([video_BCFhw, recent_BRFhw], 1)
         if frame_index_BF is None:
@@ -289,6 +322,18 @@ class PartyDynamics(nn.Module):
         """Who sees whom while training."""
         slots, (h, w) = self.cfg.subjects.slots, self.cfg.grid_hw
         return masked(frames_FF, h * w + slots, self.within(valid_BN) if slots else None)
+
+
+def stay(x: Tensor, before: Tensor, level: Tensor, spread: Tensor, said: Tensor) -> Tensor:
+    """Flow from ``x``, noised to ``level``, when the clean value is about that of a frame ago.
+
+    With clean = before + d and d ~ N(0, spread^2), the flow noise - clean has, given x, a normal
+    distribution: its mean, plus ``said`` times its spread. At pure noise the clean value is then
+    before - spread * said (the preconditioning of arXiv 2206.00364 about the frame before).
+    """
+    total = level**2 + (1 - level) ** 2 * spread**2
+    off = x - (1 - level) * before
+    return (level - (1 - level) * spread**2) / total * off - before + spread / total.sqrt() * said
 
 
 def from_base(folder: str | Path, cfg: PartyConfig | None = None, seed: int = 0,
