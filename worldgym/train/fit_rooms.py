@@ -44,7 +44,7 @@ class FitRoomsConfig(FitConfig):
     """
 
     codec_iterations: int = 4000
-    dynamics_iterations: int = 20_000
+    dynamics_iterations: int = 12_000
     outcome_iterations: int = 3000
     batch: int = 16
     starts: int = 256
