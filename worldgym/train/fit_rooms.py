@@ -8,7 +8,7 @@ Shapes: B clip, R noisy version, K context frame, n frame of a chunk, C channel,
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from worldgym.reconstituted import Recent
 from worldgym.schedule import add_noise
 from worldgym.train.distributed import Group
 from worldgym.train.fit import OUTCOME_BATCH, Fit, FitConfig
+from worldgym.train.provenance import command
 
 FULL = 0.75  # share of batches with a whole context; the others have a young clip's
 FORGETFUL = 0.15  # share of clips that see the newest frames alone, whatever the policy
@@ -284,7 +285,7 @@ class FitRooms(Fit):
         return {"twin": recipe.get("id"), "horizon": recipe.get("horizon")}
 
     def _provenance(self) -> dict:
-        return {**super()._provenance(), "config": asdict(self.cfg)}
+        return {**super()._provenance(), "command": command(self.cfg, "worldgym fit-rooms")}
 
 
 def fit_rooms(cfg: FitRoomsConfig) -> Path:
