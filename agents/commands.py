@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from worldgym.agents import commands_party as party
+from worldgym.agents.commands_bench import TAKE_COVER, Bench
 from worldgym.agents.commands_binding import Binding, LearnTiles
 from worldgym.agents.commands_clip import Clip
 from worldgym.agents.commands_diagnose import Diagnose
@@ -20,7 +21,6 @@ from worldgym.agents.ladder import named
 from worldgym.errors import ConfigError
 
 DESCRIPTION = "Learned video world models as ordinary reinforcement-learning environments."
-TAKE_COVER = "worldgym/TakeCover-v0"
 
 
 @dataclass(kw_only=True)
@@ -263,46 +263,6 @@ class Video:
         policy = parse_policy(self.policy, task.world.spec.action, task.world, task)
         print("written:", side_by_side(task, game_maker(task), policy, self.out, seed=self.seed,
                                        steps=self.steps, context=self.context, mode=self.mode))
-
-
-@dataclass(kw_only=True)
-class Bench:
-    """Measure speed, constancy of cost, memory and overhead of a world.
-
-    Args:
-        world: world id or folder; or "scope": SCOPE's work at its real size, and a tiny pass; or
-            "worldplay": what a long episode costs a tiny one.
-        out: results file to write; nothing is written without it (scope: results/scope_bench.json).
-        slots: dreams in parallel.
-        seconds: time per speed measurement.
-        long: steps of the constancy measurement.
-    """
-
-    world: str = TAKE_COVER
-    out: Path | None = None
-    slots: int = 64
-    seconds: float = 10.0
-    long: int = 2000
-
-    def run(self) -> None:
-        """Measure."""
-        from worldgym.agents.bench import bench
-
-        if self.world == "scope":
-            from worldgym.agents import bench_scope
-
-            bench_scope.bench(self.out, self.seconds)
-            return
-        if self.world == "worldplay":
-            from worldgym.agents import bench_worldplay
-
-            bench_worldplay.bench(self.out)
-            return
-        if "/" not in self.world and not Path(self.world).exists():
-            raise ConfigError("nothing to measure", given=repr(self.world),
-                              expected=f"a world id like {TAKE_COVER}, a folder, scope, worldplay",
-                              fix="check the name")
-        bench(self.world, self.out, slots=self.slots, seconds=self.seconds, long=self.long)
 
 
 @dataclass(kw_only=True)

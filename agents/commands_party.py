@@ -80,11 +80,14 @@ class FitParty:
         codec_iterations: length of the codec's training.
         dynamics_iterations: length of the dynamics' training.
         outcome_iterations: length of the training of the reward and end heads.
+        video_share: share of the dynamics' training on the video alone, before players join.
         alone_share: share of the dynamics' training on single frames, cheaper than clips.
         batch: clips per iteration.
         clip: frames per clip.
         width: model width.
         layers: blocks of the network.
+        patch: cells of a side that share a token.
+        ablation: no-msa, no-mca or pooled: a network to compare with, without what binds actions.
         window: frames the model sees.
         starts: start states to keep of each game.
         horizon: steps of a dreamt episode.
@@ -101,11 +104,14 @@ class FitParty:
     codec_iterations: int | None = None
     dynamics_iterations: int | None = None
     outcome_iterations: int | None = None
+    video_share: float | None = None
     alone_share: float | None = None
     batch: int | None = None
     clip: int | None = None
     width: int | None = None
     layers: int | None = None
+    patch: int | None = None
+    ablation: str | None = None
     window: int | None = None
     starts: int | None = None
     horizon: int | None = None

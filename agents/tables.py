@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from worldgym.agents import results
+from worldgym.agents import results, tables_party
 from worldgym.errors import ConfigError
 
 MARKER = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
@@ -156,6 +156,9 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "bench": ("take_cover_bench.json", "make bench", bench),
     "evaluation": ("take_cover_evaluation.json", "worldgym evaluate --ladder --real", evaluation),
     "fuzz": ("state_fuzz.json", "make fuzz", fuzz),
+    "binding": ("party_binding.json", "worldgym binding", tables_party.binding),
+    "party_transfer": ("party_transfer.json", "worldgym score-party", tables_party.transfer),
+    "party_bench": ("party_bench.json", "worldgym bench party", tables_party.bench),
 }
 
 

@@ -327,7 +327,8 @@ def test_position_weight_counts_positions():
 
 @pytest.mark.parametrize("changes, message", [
     ({"games": ("chess",)}, "no recordings of this game"), ({"batch": 0}, "impossible length"),
-    ({"alone_share": 0.0}, "impossible shares"), ({"window": 0}, "impossible length")])
+    ({"alone_share": 0.0}, "impossible shares"), ({"ablation": "no-eyes"}, "no such ablation"),
+    ({"window": 0}, "impossible length")])
 def test_refusals(data, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         fit_run.recorded(SMALL | {"data": str(data), "out": str(tmp_path / "x")} | changes)
@@ -345,9 +346,9 @@ def test_loader_refusals(whole, tmp_path):
 
 def test_the_command_passes_its_settings_on(monkeypatch):
     made = cli.parse(["fit-party", "--data", "d", "--out", "o", "--games", "coins", "clean_up",
-                      "--layers", "3", "--snapshot", "s"])
+                      "--layers", "3", "--ablation", "pooled", "--snapshot", "s"])
     seen = []
     monkeypatch.setattr("worldgym.train.fit_party.fit_party", lambda cfg: seen.append(cfg))
     made.run()
     assert seen == [FitPartyConfig(data="d", out="o", games=("coins", "clean_up"), layers=3,
-                                   snapshot="s")]
+                                   ablation="pooled", snapshot="s")]

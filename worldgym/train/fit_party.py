@@ -38,6 +38,9 @@ EVENTFUL = 0.5  # of these: share that pays or ends a player
 # root mean square step of latents, of positions, and of facing and alive, over thirteen games
 SKIP = (0.6, 0.11, 0.7)
 HORIZON = 100
+# networks to compare with: what binds actions to players is taken out
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "none": {}, "no-msa": {"msa": False}, "no-mca": {"mca": "none"}, "pooled": {"pooled": True}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +53,9 @@ class FitPartyConfig:
     each; ``width``, ``layers``: of the dynamics; ``patch``: cells of a side that share a token;
     ``window``: frames that a step can see.
     ``video_share``: of the dynamics' iterations, the video alone; ``alone_share``: those on single
-    frames. ``batch``: clips of ``clip`` frames. ``state_weight``, ``position_weight``: see
-    ``PartyLossConfig``. ``starts``: start states to keep of each game; ``horizon``: steps of a
-    dreamt episode.
+    frames. ``batch``: clips of ``clip`` frames. ``ablation``: one of ``ABLATIONS``.
+    ``state_weight``, ``position_weight``: see ``PartyLossConfig``. ``starts``: start states to keep
+    of each game; ``horizon``: steps of a dreamt episode.
     ``snapshot``: write the world as the checkpoints in ``out`` have it into this folder, train
     nothing; before the last stage such a world has no memory (``window`` 1), before its heads are
     trained no ends.
@@ -63,14 +66,14 @@ class FitPartyConfig:
     name: str | None = None
     games: tuple[str, ...] = ()
     codec_iterations: int = 4000
-    dynamics_iterations: int = 12000
+    dynamics_iterations: int = 6000
     outcome_iterations: int = 3000
-    video_share: float = 0.02
-    alone_share: float = 0.3
-    batch: int = 16
+    video_share: float = 0.04
+    alone_share: float = 0.8
+    batch: int = 8
     clip: int = 7
     channels: int = 10
-    width: int = 128
+    width: int = 96
     layers: int = 5
     patch: int = 1
     window: int = 6
@@ -78,6 +81,7 @@ class FitPartyConfig:
     state_weight: float = 2.0
     position_weight: float = 5.0
     dynamics_lr: float = 4e-3
+    ablation: str = "none"
     starts: int = 100
     horizon: int = HORIZON
     holdout: float = 0.05
@@ -99,12 +103,15 @@ class FitPartyConfig:
                                     f" horizon {self.horizon}",
                               expected="iterations, batch, starts, window, horizon >= 1, clip >= 2,"
                                        " seed >= 0", fix="raise the numbers")
+        if self.ablation not in ABLATIONS:
+            raise ConfigError("no such ablation", given=self.ablation, expected=[*ABLATIONS],
+                              fix="choose one of them")
         if not (0 < self.holdout < 1 and 0 <= self.video_share <= self.alone_share <= 1):
             raise ConfigError("impossible shares",
                               given=f"holdout {self.holdout}, video {self.video_share}, alone "
                                     f"{self.alone_share}",
                               expected="0 < holdout < 1, 0 <= video_share <= alone_share <= 1",
-                              fix="use 0.05, 0.02 and 0.3")
+                              fix="use 0.05, 0.04 and 0.8")
 
 
 class FitParty(Stages):
@@ -146,7 +153,8 @@ class FitParty(Stages):
             reward_range=self._reward_range(),
             dynamics=nano_config(codec.latent_chw, len(self.stores), cfg.width, cfg.layers,
                                  window=cfg.window, patch=(cfg.patch,) * 2, skip=SKIP,
-                                 slots=first.agents, actions=actions, facing=True))
+                                 slots=first.agents, actions=actions, facing=True,
+                                 **ABLATIONS[cfg.ablation]))
 
     @staticmethod
     def _cells(store: Episodes) -> tuple[float, float, float, float]:
