@@ -52,6 +52,7 @@ class Bench:
             return
         if "/" not in self.world and not Path(self.world).exists():
             raise ConfigError("nothing to measure", given=repr(self.world),
-                              expected=f"a world id like {TAKE_COVER}, a folder, scope, party, worldplay",
+                              expected=f"a world id like {TAKE_COVER}, a folder, scope, party or "
+                              "worldplay",
                               fix="check the name")
         bench(self.world, self.out, slots=self.slots, seconds=self.seconds, long=self.long)
