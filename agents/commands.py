@@ -15,6 +15,7 @@ from worldgym.agents.commands_diagnose import Diagnose
 from worldgym.agents.commands_evaluate import Evaluate
 from worldgym.agents.commands_fit import Fit
 from worldgym.agents.commands_report import Report
+from worldgym.agents.commands_rooms import FitRooms, Revisit
 from worldgym.agents.commands_wham import Convert, Dream
 from worldgym.agents.ladder import named
 from worldgym.errors import ConfigError
@@ -47,7 +48,12 @@ class Collect:
     def run(self) -> None:
         """Record."""
         from worldgym.agents.games import record
+        from worldgym.envs import rooms
 
+        if self.env in (rooms.ID, rooms.GAME):  # frame by frame, with poses, by its own players
+            print(rooms.record_rooms(self.out, frames_in_all=self.steps, seed=self.seed,
+                                     frame_hw=self.frame_hw or rooms.FRAME_HW))
+            return
         print(record(self.env, self.out, self.steps, self.policy, seed=self.seed,
                      frame_hw=self.frame_hw, world=self.world))
 
@@ -282,7 +288,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": Evaluate, "diagnose": Diagnose, "report": Report,
     "collect-party": party.CollectParty, "fit-party": party.FitParty,
     "train-party": party.TrainParty, "score-party": party.ScoreParty, "rollout": party.Rollout,
-    "binding": Binding, "tiles": LearnTiles, "clip": Clip,
+    "binding": Binding, "tiles": LearnTiles, "clip": Clip, "fit-rooms": FitRooms,
+    "revisit": Revisit,
 }
 
 

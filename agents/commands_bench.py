@@ -16,9 +16,10 @@ class Bench:
 
     Args:
         world: world id or folder; "scope": SCOPE's work at its real size, and a tiny pass; "party":
-            the shipped world of several players, beside real Melting Pot.
-        out: results file to write; nothing is written without it (but for scope and party:
-            results/scope_bench.json, results/party_bench.json).
+            the shipped world of several players, beside real Melting Pot; "worldplay": what a long
+            episode costs a tiny one.
+        out: results file to write; nothing is written without it (but for scope, party and
+            worldplay: results/scope_bench.json and so on).
         slots: dreams in parallel.
         seconds: time per speed measurement.
         long: steps of the constancy measurement.
@@ -44,8 +45,14 @@ class Bench:
 
             bench_party.bench("worldgym/MeltingPotMini-v0", self.out, self.seconds)
             return
+        if self.world == "worldplay":
+            from worldgym.agents import bench_worldplay
+
+            bench_worldplay.bench(self.out)
+            return
         if "/" not in self.world and not Path(self.world).exists():
             raise ConfigError("nothing to measure", given=repr(self.world),
-                              expected=f"a world id like {TAKE_COVER}, a folder, scope or party",
+                              expected=f"a world id like {TAKE_COVER}, a folder, scope, party or "
+                              "worldplay",
                               fix="check the name")
         bench(self.world, self.out, slots=self.slots, seconds=self.seconds, long=self.long)

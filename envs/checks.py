@@ -213,10 +213,10 @@ class Suite:
             seen_end |= terminated
             if obs.dtype != np.uint8:
                 continue
-            frames = info.get("frames")
-            demand("end-frame", isinstance(frames, np.ndarray) and len(frames) == last + 1,
+            frames, count = info.get("frames"), last + 1 - info.get("first_frame", 0)
+            demand("end-frame", isinstance(frames, np.ndarray) and len(frames) == count,
                    "info['frames'] must hold the frames up to the end and no more",
-                   None if frames is None else len(frames), f"{last + 1} frames")
+                   None if frames is None else len(frames), f"{count} frames")
             gap = difference(np.ascontiguousarray(frames[-1]),
                              np.ascontiguousarray(obs[..., -3:]))
             demand("end-frame", not gap, "the observation is not the last frame that counts", gap)

@@ -5,8 +5,8 @@ The core's state is one immutable value that every call replaces at its very end
 that raises leaves the env exactly as it was.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class Batch:
     frames_BFHWC: np.ndarray | None = None
     uncertainty_B: np.ndarray | None = None
     drift_B: np.ndarray | None = None
+    first_frame_B: np.ndarray | None = None  # the first frame that counts, where it is not 0
+    notes: dict[str, np.ndarray] = field(default_factory=dict)  # what else the world tells
     final_obs: np.ndarray | None = None  # same-step autoreset: last observations of ``finished``
     finished: np.ndarray | None = None  # slot numbers
     rewards_BP: np.ndarray | None = None  # several players: float64 each
@@ -260,6 +262,13 @@ class DreamCore:
         batch.reward_B[rows], batch.terminated_B[rows], batch.last_frame_B[rows] = (
             reward, ended, last)
         batch.return_B += batch.reward_B
+        first = getattr(chunk, "first_frame_B", None)
+        if first is not None and first.any():
+            batch.first_frame_B = np.zeros(slots, np.int64)
+            batch.first_frame_B[rows] = first
+        for name, value in getattr(chunk, "notes", {}).items():
+            batch.notes[name] = np.zeros((slots, *value.shape[1:]), value.dtype)
+            batch.notes[name][rows] = value
         drift = outcome.drift(task, chunk)
         if drift is not None:
             batch.drift_B = np.zeros(slots)
@@ -307,6 +316,11 @@ class DreamCore:
                                  fix="repair the task's spread callable")
         return spread
 
+    def change(self, how: Callable[[Any], Any]) -> None:
+        """Go on from the world's state as ``how`` changes it; if it raises, nothing changed."""
+        state = self.ready()
+        self._state = replace(state, world=how(state.world))
+
     # ------------------------------------------------------------------ frames and state
 
     def current_frames(self) -> np.ndarray:
@@ -315,7 +329,7 @@ class DreamCore:
         if self.view.observation == "frame":
             return shown.copy()
         if not getattr(self.task.world, "stands_alone", True):  # a video's latent: show the state's
-            return spaces.to_numpy(self.task.world.decode(self.ready().world.latents_BCHW)).copy()
+            return spaces.to_numpy(self.task.world.pictures(self.ready().world)).copy()
         return decode(self.task.world, shown).copy()
 
     def get_state(self, np_random: dict | None = None) -> EnvState:

@@ -73,7 +73,11 @@ class DreamEnv(Face, gymnasium.Env):
         terminated, truncated = bool(batch.terminated_B[0]), bool(batch.truncated_B[0])
         info: dict[str, Any] = {}
         if batch.frames_BFHWC is not None:
-            info["frames"] = batch.frames_BFHWC[0, : batch.last_frame_B[0] + 1]
+            first = 0 if batch.first_frame_B is None else int(batch.first_frame_B[0])
+            info["frames"] = batch.frames_BFHWC[0, first : batch.last_frame_B[0] + 1]
+            if first:
+                info["first_frame"] = first
+        info |= {name: value[0] for name, value in batch.notes.items()}
         if batch.uncertainty_B is not None:
             info["uncertainty"] = float(batch.uncertainty_B[0])
         if batch.drift_B is not None:

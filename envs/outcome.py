@@ -68,6 +68,9 @@ def _rewards(task: Task, chunk: Any, slots: int, frames: int, last_B: np.ndarray
     if reward.ndim == 1:
         return reward
     counts_BF = np.arange(frames)[None] <= last_B[:, None]
+    first_B = getattr(chunk, "first_frame_B", None)
+    if first_B is not None:
+        counts_BF &= np.arange(frames)[None] >= first_B[:, None]
     return np.where(counts_BF, reward, 0.0).sum(axis=1)
 
 

@@ -50,8 +50,9 @@ class ScopeStarts:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def sample(self, seeds: Any, episodes: Any) -> np.ndarray:
-        """Index of the start for each (seed, episode); depends on nothing else."""
+    def sample(self, seeds: Any, episodes: Any, beginnings_only: bool = False) -> np.ndarray:
+        """Index of the start for each (seed, episode); depends on nothing else. All of them are
+        beginnings."""
         return (hash64(seeds, episodes) % np.uint64(len(self))).astype(np.int64)
 
     def gather(self, indices: Any) -> Any:

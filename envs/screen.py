@@ -65,7 +65,9 @@ class Screen:
         if self.mode == "rgb_array_list":
             for slot, row in enumerate(self._lists):
                 if batch.stepped_B[slot]:
-                    row.extend(batch.frames_BFHWC[slot, : batch.last_frame_B[slot] + 1].copy())
+                    first = 0 if batch.first_frame_B is None else batch.first_frame_B[slot]
+                    row.extend(batch.frames_BFHWC[
+                        slot, first : batch.last_frame_B[slot] + 1].copy())
             if not batch.stepped_B.all():
                 self.after_reset(np.flatnonzero(~batch.stepped_B))
         elif self.mode == "human":

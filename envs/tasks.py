@@ -20,6 +20,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "horizon": 525,  # agent steps: the real game stops after 2,100 tics, 4 tics a step
         "twin": "VizdoomTakeCover-v1",
     },
+    "worldgym/Rooms-v0": {"folder": PACKAGED / "rooms"},
 }
 
 Judge = Callable[[Any], Any]
@@ -123,10 +124,19 @@ def _load(folder: str, stamp: int, device: str,
     from worldgym.models import nano, wham_nano
 
     described = json.loads((Path(folder) / "world.json").read_text())
-    files: Any = wham_nano if described.get("kind") == wham_nano.KIND else nano
+    kind = described.get("kind")
+    files: Any = wham_nano if kind == wham_nano.KIND else nano
     if files is nano and "slide" in dict(settings):
         raise ConfigError("this world has no window that slides by steps", given=folder,
                           expected="a WHAM world's folder", fix="leave slide out")
+    if kind == "worldgym.rooms":
+        from worldgym.envs.worldplay import WorldPlayStarts
+        from worldgym.models import rooms
+
+        small = rooms.load(Path(folder), device, **dict(settings))
+        pictures = rooms.load_starts(folder)
+        return small, WorldPlayStarts(small, list(pictures), [""] * len(pictures), None), dict(
+            described.get("task", {}))
     world = files.load(Path(folder), device, **dict(settings))
     starts = StartBank.load(Path(folder) / "starts.safetensors")
     return world, starts, dict(described.get("task", {}))

@@ -146,6 +146,10 @@ class DreamVectorEnv(Face, VectorEnv):
 
         if batch.frames_BFHWC is not None:
             add("frames", self._frames(batch, rows_B), rows_B)
+        if batch.first_frame_B is not None:
+            add("first_frame", batch.first_frame_B.copy(), rows_B & (batch.first_frame_B > 0))
+        for name, value in batch.notes.items():
+            add(name, value.copy(), rows_B)
         if batch.uncertainty_B is not None:
             add("uncertainty", batch.uncertainty_B.copy(), rows_B)
         if batch.drift_B is not None:
@@ -157,14 +161,17 @@ class DreamVectorEnv(Face, VectorEnv):
         return infos
 
     def _frames(self, batch: Batch, rows_B: np.ndarray) -> np.ndarray:
-        """(B, F, H, W, 3), or an object array of (f, H, W, 3) when some slot ended early."""
+        """(B, F, H, W, 3), or an object array of (f, H, W, 3) when some slot has fewer frames."""
         frames = batch.frames_BFHWC
-        short_B = rows_B & (batch.last_frame_B < self.core.frames - 1)
+        first_B = np.zeros(self.num_envs, int) if batch.first_frame_B is None else (
+            batch.first_frame_B)
+        short_B = rows_B & ((batch.last_frame_B < self.core.frames - 1) | (first_B > 0))
         if not short_B.any():
             return frames.copy()  # type: ignore[union-attr]
         ragged = np.full(self.num_envs, None, object)
         for slot in np.flatnonzero(rows_B):
-            ragged[slot] = frames[slot, : batch.last_frame_B[slot] + 1].copy()  # type: ignore[index]
+            ragged[slot] = frames[slot, first_B[slot]:  # type: ignore[index]
+                                  batch.last_frame_B[slot] + 1].copy()
         return ragged
 
     def render(self) -> tuple[Any, ...] | None:

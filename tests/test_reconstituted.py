@@ -161,3 +161,24 @@ def test_a_start_that_is_no_chunk_is_named():
         Reconstituted(points_M3=POINTS).select(np.repeat(np.eye(4)[None], 20, 0), 20)
     with pytest.raises(ConfigError):
         Cloud(POINTS, fov=(200.0, 30.0))
+
+
+@pytest.mark.parametrize("size", [0.5, 6.0, 30.0])
+def test_the_first_glance_never_promises_too_much(size):
+    """In worlds smaller and larger than the score's ball, for eyes that also look up and roll."""
+    rng = np.random.default_rng(int(size))
+    turn = camera.walk(np.concatenate([np.zeros((120, 2)), rng.normal(0, 1, (120, 2)),
+                                       np.zeros((120, 1))], 1))[1:]
+    turn[:, :3, 3] = rng.uniform(-size, size, (120, 3))
+    w2c = camera.inverse(turn)
+    policy = Reconstituted(scoring=Scoring(points=3000))
+    centre, ahead = geometry(w2c)
+    starts = np.arange(0, 100, 4)
+    index = starts[:, None] + [0, 2]
+    distances = Distances(w2c[112:116], centre[index], ahead[index], policy.cloud())
+    every = np.arange(len(starts))
+    exact = distances.exact(every)
+    assert (distances.roughly(every) <= exact + 1e-9).all()
+    assert size > 10 or (distances.roughly(every) > 0.05).any()  # and it says something
+    best = starts[exact.argmin()]
+    assert policy.select(w2c[:116], 112)[:4].tolist() == list(range(best, best + 4))

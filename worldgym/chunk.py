@@ -19,8 +19,9 @@ class Chunk:
     went on (``ahead`` steps; 1: the end chance); ``draw_B``: the uniform numbers that decided the
     ends; ``end_frame_B``: index of the last frame that counts; ``uncertainty_B``: fork spread, if
     it was asked for; ``drift_B``: how far the frames have moved from what the episode began with,
-    where a world tells it. ``frames()`` decodes on first use: with ``video``, all of the chunk at
-    once, or with ``decode``, latent by latent.
+    where a world tells it; ``first_frame_B``: index of the first frame that counts (default 0);
+    ``notes``: what else the faces put into info, by name, one row per slot. ``frames()`` decodes on
+    first use: with ``video``, all of the chunk at once, or with ``decode``, latent by latent.
     """
 
     slots: np.ndarray
@@ -33,6 +34,8 @@ class Chunk:
     danger_B: np.ndarray | None = None
     draw_B: np.ndarray | None = None
     drift_B: np.ndarray | None = None
+    first_frame_B: np.ndarray | None = None
+    notes: dict[str, np.ndarray] = field(default_factory=dict)
     ahead: int = 1
     subjects: object = None
     video: Callable[[], Tensor] | None = field(default=None, repr=False)

@@ -31,8 +31,8 @@ class World:
         dynamics: the network and its action embedding.
         outcome: callable (past_BKChw, action_BA) -> (end chance, rewards (B, 2), danger), with
             a ``frames`` attribute; None = no reward and no end (give the task functions instead).
-        policy: context memory.
-        schedule: denoising passes of a step, few (noised again after each) or a solver's.
+        policy: context memory; schedule: denoising passes of a step, few (noised again after each)
+            or a solver's.
         temperature: standard deviation of the sampler's noise; above 1 what is rare happens
             more often (Ha and Schmidhuber, 2018, do the same to their mixture).
         context_noise: timestep told to the network for frames in memory (0 = clean).
@@ -50,11 +50,10 @@ class World:
         if n < 1 or spec.frames_per_chunk % n or (n > 1 and (
                 dynamics.cfg.recent or outcome is not None or spec.context_frames < n)):
             raise ConfigError(
-                "chunk is too long for this network or its heads", given=f"{n} latent frames per "
-                f"step, recent {dynamics.cfg.recent}, window {spec.context_frames + 1}",
+                "chunk is too long for this network or its heads", fix="set latents_per_chunk=1",
+                given=f"{n} frames, recent {dynamics.cfg.recent}, context {spec.context_frames}",
                 expected="1 latent frame per step; more only where no frame reads the very frame "
-                "before it (recent=0), no head judges single frames, and a chunk fits the window",
-                fix="set latents_per_chunk=1")
+                "before it (recent=0), no head judges single frames, and a chunk fits the window")
         if not 0 < temperature <= 10:
             raise ConfigError("impossible temperature", given=temperature,
                               expected="a number above 0, at most 10", fix="use 1.0, or about 1.3")
@@ -72,8 +71,8 @@ class World:
         self.stepper: CausalStepper | Guided = CausalStepper(dynamics.network, self.pool, policy)
         self.history = max(outcome.frames if outcome else 1, spec.context_frames,
                            dynamics.cfg.recent + 1)
-        # what else a state holds, and how its tensors look (for files): name -> (shape, dtype)
-        self.extra: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        # what else a state holds: name -> (shape, dtype), or for a PerSlot the class of its values
+        self.extra: dict[str, Any] = {}
         self.table_rows = 1  # per slot
 
     @property
@@ -96,6 +95,10 @@ class World:
                              expected=("batch", *self.spec.latent_chw), fix="use World.encode")
         return self.codec.decode(latents_BChw.to(self.device))
 
+    def pictures(self, state: WorldState) -> Tensor:
+        """The newest frame of every slot, uint8 (B, H, W, 3)."""
+        return self.decode(state.latents_BCHW)
+
     # -- begin -------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -111,17 +114,16 @@ class World:
         reach = np.maximum(np.arange(k - self.history, k)[None], (k - length_B)[:, None])
         rows = np.arange(b)[:, None]
         extra = self._start_extra(starts, features, rows, reach)
+        episodes = [0] * b if episodes is None else episodes
         counters = {"seed_B": _integers(seeds, b, "seeds"),
-                    "episode_B": _integers([0] * b if episodes is None else episodes, b,
-                                           "episodes"),
+                    "episode_B": _integers(episodes, b, "episodes"),
                     "step_B": np.zeros(b, np.int64), "branch_B": np.zeros(b, np.int64),
                     "index_B": length_B - 1, "lengths_B": np.minimum(length_B, self.history)}
         tables = self._remember(latents, features, length_B, starts, extra)
         try:
-            where = (torch.from_numpy(index).to(self.device) for index in (rows, reach))
-            history = latents[tuple(where)]
-            return WorldState(self.pool, self.fingerprint, tables, history, features[:, -1],
-                              counters, extra)
+            where = tuple(torch.from_numpy(index).to(self.device) for index in (rows, reach))
+            return WorldState(self.pool, self.fingerprint, tables, latents[where],
+                              features[:, -1], counters, extra)
         finally:  # the state holds the pages now, or nobody does
             self.pool.decref(tables.pages_BP)
 
@@ -130,8 +132,7 @@ class World:
                 episodes: Sequence[int] | None = None) -> WorldState:
         """State in which these slots begin anew; every other slot keeps its bits.
 
-        Default: the slots' seeds stay and their episode numbers count up.
-        """
+        Default: the slots' seeds stay and their episode numbers count up."""
         state.check(self.fingerprint, self.pool)
         index = check_slots(slots, state.num_slots)
         if len(starts) != len(index):
@@ -275,9 +276,8 @@ class World:
         """The chunk with its rewards and ends, and what else the next state keeps."""
         end_B, rewards_B2, danger_B = self._outcome(state, action_BA)
         chance = end_B.double().cpu().numpy()
-        draw = None  # nothing is drawn where nothing can end
-        if self.outcome is not None:
-            draw = uniform(state.keys_B4, PASSES["end"], 1).numpy()[:, 0]
+        draw = (None if self.outcome is None else  # nothing is drawn where nothing can end
+                uniform(state.keys_B4, PASSES["end"], 1).numpy()[:, 0])
         terminated = np.zeros(len(chance), bool) if draw is None else draw < chance
         rewards = rewards_B2.cpu().numpy()
         reward = np.where(terminated, rewards[:, 1], rewards[:, 0]).astype(np.float32)

@@ -72,6 +72,17 @@ class Reconstituted:
         """Most frames of a context."""
         return self.total
 
+    def _near(self, w2c_Q44: np.ndarray, starts: np.ndarray, centre_N3: np.ndarray) -> np.ndarray:
+        """Which candidates can overlap at all; of the others, all equal, the earliest stay."""
+        here = geometry(w2c_Q44)[0]
+        limit = (2 * self.scoring.radius + np.linalg.norm(here - here[0], axis=1).max() + 1e-3) ** 2
+        near = np.zeros(len(starts), bool)
+        for offset in (0, self.chunk // 2):
+            away = centre_N3[starts + offset] - here[0]
+            near |= np.einsum("ni,ni->n", away, away) < limit
+        near[:self.retrieved] = True
+        return near
+
     @cached_property
     def points(self) -> np.ndarray:
         """Points (M, 3) in the ball around a camera; they do not change."""
@@ -113,27 +124,39 @@ class Reconstituted:
                 ``geometry(w2c)``, and whether a chunk begins there that shows what an earlier one
                 shows: it can never be the best, and standing still costs nothing.
         """
-        if start % self.chunk or len(w2c_N44) <= start:
-            raise ShapeError("poses do not reach the new chunk", given=f"{len(w2c_N44)} poses, "
-                             f"chunk at {start}", expected=f"a start that is a multiple of "
+        return self.choose(w2c_N44[start:start + self.chunk], start, K_33, views or geometry(
+            w2c_N44[:start]))
+
+    def choose(self, w2c_Q44: np.ndarray, start: int, K_33: np.ndarray | None,
+               views: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The same, from the poses of the new chunk alone and the ``views`` of the past."""
+        if start % self.chunk or not len(w2c_Q44):
+            raise ShapeError("poses do not reach the new chunk", given=f"{len(w2c_Q44)} poses of "
+                             f"the chunk at {start}", expected=f"a start that is a multiple of "
                              f"{self.chunk}, and poses of the chunk", fix="append the new poses")
         if start <= self.total:
             return np.arange(start)
         recent = np.arange(start - self.temporal, start)
         starts = np.arange(self.chunk * self.keep_first, start - self.temporal, self.chunk)
-        if views is not None and self.retrieved == 1:
+        if len(views) > 2 and self.retrieved == 1:
             starts = starts[~views[2][starts]]
+        starts = starts[self._near(w2c_Q44, starts, views[0])]
         index = starts[:, None] + [0, self.chunk // 2]
-        if views is None:
-            centre, ahead = (x.reshape(-1, 2, 3) for x in geometry(w2c_N44[index.ravel()]))
-        else:
-            centre, ahead = views[0][index], views[1][index]
-        distances = Distances(w2c_N44[start:start + self.chunk], centre, ahead, self.cloud(K_33),
+        distances = Distances(w2c_Q44, views[0][index], views[1][index], self.cloud(K_33),
                               self.scoring.distance_weight)
         best = starts[distances.nearest(self.retrieved)]
         first = [np.arange(self.chunk)] if self.keep_first else []
         found = [np.arange(b, b + self.chunk) for b in best]
         return np.sort(np.concatenate([*first, *found, recent]))
+
+
+class Recent(Reconstituted):
+    """No memory, for comparison: as many frames, all of them the newest."""
+
+    def choose(self, w2c_Q44: np.ndarray, start: int, K_33: np.ndarray | None,
+               views: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The newest frames."""
+        return np.arange(max(0, start - self.total), start)
 
 
 WAN_MEMORY = Reconstituted()
@@ -226,8 +249,7 @@ class History:
     def select(self, policy: Reconstituted, w2c_n44: np.ndarray,
                K_33: np.ndarray | None = None) -> np.ndarray:
         """Frames that a new chunk with these poses shall see."""
-        poses = np.concatenate([self.of("w2c"), w2c_n44])
-        return policy.select(poses, self.length, K_33, self.views)
+        return policy.choose(w2c_n44, self.length, K_33, self.views)
 
     def to_arrays(self) -> dict[str, Any]:
         """Everything as plain arrays and a tensor, to save; :meth:`from_arrays` reads it back."""

@@ -8,6 +8,15 @@ ENVS = {
     ),
     "worldgym/WHAM-v0": ("worldgym.envs.wham:wham", "worldgym.envs.wham:wham_vector"),
     "worldgym/SCOPE-v0": ("worldgym.envs.scope:scope", "worldgym.envs.scope:scope_vector"),
+    "worldgym/WorldPlay-v0": (
+        "worldgym.envs.worldplay:worldplay",
+        "worldgym.envs.worldplay:worldplay_vector",
+    ),
+    "worldgym/Rooms-v0": (
+        "worldgym.envs.worldplay:rooms",
+        "worldgym.envs.worldplay:rooms_vector",
+    ),
+    "worldgym/RoomsGame-v0": ("worldgym.envs.rooms:Rooms", None),
 }
 
 

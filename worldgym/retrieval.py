@@ -18,6 +18,8 @@ from worldgym.errors import ConfigError
 
 Cells = tuple[np.ndarray, np.ndarray, np.ndarray]  # centres (c, 3), radii (c,), numbers (c,)
 LEVELS = (16, 64, 512)  # cells of points, from coarse to fine
+RINGS, BINS = 8, 240  # of the first, coarsest bound: distances and directions
+WIDER = 2.5  # a ring lies this many times farther out than the other camera
 SLACK = 1e-3  # of distances in float32
 BLOCK = 1 << 16  # numbers worked on at once: they stay in the cache
 
@@ -59,6 +61,50 @@ class Cloud:
     def cells(self) -> tuple[Cells, ...]:
         """Cells of the points seen, per level."""
         return tuple(_cells(self.seen, n) for n in LEVELS if 4 * n <= len(self.seen))
+
+
+    @cached_property
+    def fan(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For :meth:`most`: radii of rings (RINGS,), how many points lie nearer (RINGS + 1,), and
+        how many of the others lie left of each of BINS directions (RINGS + 1, BINS + 3)."""
+        x, _, z = self.seen.T.astype(np.float64)
+        away, yaw = np.hypot(x, z), np.arctan2(x, z)
+        half = np.deg2rad(self.fov[0]) / 2
+        radii = self.radius * np.geomspace(1 / 32, 1, RINGS)
+        slot = np.clip(((yaw + half) / (2 * half) * BINS).astype(int), 0, BINS - 1)
+        left = np.zeros((RINGS + 1, BINS + 3))
+        for ring, radius in enumerate(radii):
+            counts = np.bincount(slot[away >= radius], minlength=BINS)
+            left[ring, 2:BINS + 2], left[ring, BINS + 2:] = np.cumsum(counts), counts.sum()
+        near = np.array([*(np.count_nonzero(away < r) for r in radii), len(yaw)])
+        return radii, near.astype(np.float64), left
+
+    @cached_property
+    def reach(self) -> np.ndarray:
+        """Distances of the points seen, ascending."""
+        return np.sort(np.linalg.norm(self.seen.astype(np.float64), axis=1))
+
+    def most(self, position_N3: np.ndarray, ahead_N3: np.ndarray) -> np.ndarray:
+        """How many points (N,) cameras in the query's coordinates see at most.
+
+        By directions on the level alone: from a camera d away, a point at least r away lies in a
+        direction that differs by asin(d / r) at most. What is nearer counts as seen. And no point
+        is seen that is nearer than the distance of the cameras less the radius.
+        """
+        radii, near, left = self.fan
+        away = np.hypot(position_N3[:, 0], position_N3[:, 2])
+        yaw = np.arctan2(ahead_N3[:, 0], ahead_N3[:, 2])
+        ring = np.searchsorted(radii, WIDER * away + SLACK)  # RINGS: too far to say anything
+        half = np.deg2rad(self.fov[0]) / 2
+        wide = half + SLACK + np.arcsin(away / np.append(radii, np.inf)[ring].clip(1e-9))
+        scale = BINS / (2 * half)
+        low = np.clip(np.floor((yaw - wide + half) * scale), -1, BINS).astype(int) + 1
+        high = np.clip(np.ceil((yaw + wide + half) * scale), -1, BINS).astype(int) + 1
+        count = near[ring] + left[ring, np.minimum(high + 1, BINS + 2)] - left[ring, low]
+        gone = np.searchsorted(self.reach, np.linalg.norm(position_N3, axis=1) - self.radius
+                               - SLACK)
+        return np.minimum(np.where(wide > np.pi - half, len(self.seen), count),
+                          len(self.seen) - gone)
 
 
 def _cells(points_M3: np.ndarray, count: int) -> Cells:
@@ -165,7 +211,7 @@ class Distances:
                            (centre_N23, ahead_N23))
         position += move[:, None]
         self.cloud, self.pairs = cloud, 2 * q * max(1, len(cloud.seen))
-        self.views = Views(position.reshape(-1, 3), ahead.reshape(-1, 3), cloud.fov, cloud.radius)
+        self.position, self.ahead = position.reshape(-1, 3), ahead.reshape(-1, 3)
         self.rows_NP = (np.arange(q)[:, None] * 2 * n + np.arange(2)).reshape(1, -1) + (
             2 * np.arange(n)[:, None])
         away = np.linalg.norm(position, axis=-1).reshape(q, n, 2).mean((0, 2)) / cloud.radius
@@ -173,14 +219,28 @@ class Distances:
         self.guess_N = away - ahead[..., 2].reshape(q, n, 2).mean((0, 2))
         self.extra_N = distance_weight * np.minimum(away, 1)
 
+    def _views(self, index: np.ndarray) -> tuple[Views, np.ndarray]:
+        """The cameras of some candidates: few ever need to be worked out."""
+        rows = self.rows_NP[index].ravel()
+        return Views(self.position[rows], self.ahead[rows], self.cloud.fov,
+                     self.cloud.radius), np.arange(len(rows))
+
+    def roughly(self, index: np.ndarray) -> np.ndarray:
+        """What the distances of some candidates are at least, at first glance."""
+        rows = self.rows_NP[index].ravel()
+        high = self.cloud.most(self.position[rows], self.ahead[rows])
+        return 1 - high.reshape(len(index), -1).sum(1) / self.pairs + self.extra_N[index]
+
     def exact(self, index: np.ndarray) -> np.ndarray:
         """Distances of some candidates."""
-        seen = self.views.hits(self.rows_NP[index].ravel(), self.cloud.seen)
+        views, rows = self._views(index)
+        seen = views.hits(rows, self.cloud.seen)
         return 1 - seen.reshape(len(index), -1).sum(1) / self.pairs + self.extra_N[index]
 
     def least(self, index: np.ndarray, cells: Cells) -> np.ndarray:
         """What the distances of some candidates are at least."""
-        high = self.views.bounds(self.rows_NP[index].ravel(), cells)[1]
+        views, rows = self._views(index)
+        high = views.bounds(rows, cells)[1]
         return 1 - high.reshape(len(index), -1).sum(1) / self.pairs + self.extra_N[index]
 
     def nearest(self, most: int = 1) -> np.ndarray:
@@ -195,6 +255,9 @@ class Distances:
 
         limit = measure(np.argpartition(self.guess_N, most - 1)[:most])
         left = np.flatnonzero(np.isinf(exact))
+        if len(left) > 2 * most:
+            low[left] = self.roughly(left)
+            left = left[low[left] <= limit]
         for cells in self.cloud.cells:
             if len(left) <= most:
                 break

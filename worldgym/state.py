@@ -31,7 +31,8 @@ class Starts:
     Worlds with subjects also need ``subjects_BKNS``, the subjects' states in each frame, and
     ``valid_BN``, which of the N places are taken; ``game_B``: which of the world's games it is.
     Worlds that are told what to show need ``context_BLD``, the encoded prompt of each start, and
-    ``negative_BLD``, that of what not to show.
+    ``negative_BLD``, that of what not to show; ``prompts_B``, the texts themselves. Worlds with a
+    camera: ``c2w_BK44``, its pose in each frame; ``blank_B``: nothing is given, the start is empty.
     """
 
     latents_BKChw: Tensor
@@ -43,6 +44,9 @@ class Starts:
     game_B: np.ndarray | None = None
     context_BLD: Tensor | None = None
     negative_BLD: Tensor | None = None
+    prompts_B: np.ndarray | None = None
+    c2w_BK44: np.ndarray | None = None
+    blank_B: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.length_B)
@@ -78,6 +82,25 @@ def check_slots(slots: object, count: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
+class PerSlot(tuple):
+    """What a world keeps of its slots that is no tensor: one immutable value for each slot.
+
+    A value has ``to_tensors() -> dict``; its class, which a world names in ``extra`` in place of
+    shape and dtype, has ``from_tensors(dict, world)``.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, Tensor):
+            return PerSlot(tuple.__getitem__(self, int(i)) for i in index)
+        return tuple.__getitem__(self, index)
+
+
+def _joined(values: list) -> Any:
+    if isinstance(values[0], PerSlot):
+        return PerSlot(v for part in values for v in part)
+    return torch.cat(values)
+
+
 class WorldState:
     """An immutable batch of slots.
 
@@ -86,14 +109,15 @@ class WorldState:
     are real), ``pending_BA`` (action features of the current frame, not yet in memory), ``index_B``
     (absolute index of the current frame), ``seed_B``, ``episode_B``, ``step_B``, ``branch_B``
     (the noise key), ``fingerprint`` (which world it belongs to), ``extra`` (whatever else a world
-    keeps of a slot, tensors by name). A guided world has two rows of ``tables`` per slot.
+    keeps of a slot, tensors or ``PerSlot`` by name). A guided world has two rows of ``tables`` per
+    slot.
     """
 
     COUNTERS = ("index_B", "lengths_B", "seed_B", "episode_B", "step_B", "branch_B")
 
     def __init__(self, pool: PagePool, fingerprint: str, tables: Tables, history_BKChw: Tensor,
                  pending_BA: Tensor, counters: dict[str, np.ndarray],
-                 extra: dict[str, Tensor] | None = None) -> None:
+                 extra: dict[str, Any] | None = None) -> None:
         self.extra = extra or {}
         self.pool, self.fingerprint, self.tables = pool, fingerprint, tables
         self.history_BKChw, self.pending_BA, self._counters = history_BKChw, pending_BA, counters
@@ -150,7 +174,7 @@ class WorldState:
         self._finalizer()
 
     def _new(self, tables: Tables, history: Tensor, pending: Tensor,
-             counters: dict[str, np.ndarray], extra: dict[str, Tensor]) -> "WorldState":
+             counters: dict[str, np.ndarray], extra: dict[str, Any]) -> "WorldState":
         return WorldState(self.pool, self.fingerprint, tables, history, pending, counters, extra)
 
     def _rows(self, index: np.ndarray) -> "WorldState":
@@ -205,7 +229,7 @@ class WorldState:
             Tables.join([s.tables for s in states]),
             torch.cat([s.history_BKChw for s in states]), torch.cat([s.pending_BA for s in states]),
             {k: np.concatenate([s._counters[k] for s in states]) for k in WorldState.COUNTERS},
-            {k: torch.cat([s.extra[k] for s in states]) for k in first.extra},
+            {k: _joined([s.extra[k] for s in states]) for k in first.extra},
         )
 
     def replace(self, slots: object, other: "WorldState") -> "WorldState":
@@ -220,6 +244,12 @@ class WorldState:
         out = both._rows(order)
         both.release()
         return out
+
+    def with_extra(self, **extra: Any) -> "WorldState":
+        """The same state with other values of some ``extra``."""
+        self.check(self.fingerprint)
+        return self._new(self.tables, self.history_BKChw, self.pending_BA, self._counters,
+                         self.extra | extra)
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file (atomically); each page once."""
@@ -237,7 +267,13 @@ class WorldState:
         tensors |= {"tables.pages": torch.from_numpy(local),
                     "tables.frames": torch.from_numpy(self.tables.frames_BP.copy()),
                     "history": self.history_BKChw, "pending": self.pending_BA}
-        tensors |= {f"extra.{name}": value for name, value in self.extra.items()}
+        for name, value in self.extra.items():
+            if isinstance(value, PerSlot):
+                tensors |= {f"extra.{name}.{slot}.{part}": tensor.contiguous()
+                            for slot, one in enumerate(value)
+                            for part, tensor in one.to_tensors().items()}
+            else:
+                tensors[f"extra.{name}"] = value
         header = {"kind": "worldgym.state", "format": FORMAT, "fingerprint": self.fingerprint}
         checkpoint.save(path, tensors, header)
 
@@ -263,7 +299,8 @@ class WorldState:
             pages = [(tensors[f"pages.k.{i}"], tensors[f"pages.v.{i}"])
                      for i in range(pool.spec.layers)]
             frames = tensors["tables.frames"].numpy().copy()
-            extra = {k: tensors[f"extra.{k}"].to(pool.device) for k in world.extra}
+            extra = {k: tensors[f"extra.{k}"].to(pool.device) if isinstance(kind, tuple)
+                     else _values(tensors, k, kind, world) for k, kind in world.extra.items()}
         except KeyError as error:
             raise CheckpointError("state file lacks a tensor", given=f"{path} without {error}",
                                   expected="all tensors of a saved state",
@@ -281,6 +318,16 @@ class WorldState:
             pool.decref(ids)
 
 
+def _values(tensors: dict[str, Tensor], name: str, kind: Any, world: Any) -> PerSlot:
+    """Values of all slots, from the tensors that ``save`` wrote."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(len(tensors["step_B"]))]
+    for key, tensor in tensors.items():
+        if key.startswith(f"extra.{name}."):
+            slot, _, part = key[len(f"extra.{name}."):].partition(".")
+            parts[int(slot)][part] = tensor
+    return PerSlot(kind.from_tensors(part, world) for part in parts)
+
+
 def _check_tensors(path: str | Path, world, tensors: dict[str, Tensor], count: int) -> None:
     """Refuse a state file whose tensors have a wrong shape, dtype, page number or NaN."""
     spec, slots = world.pool.spec, len(tensors["step_B"])
@@ -292,7 +339,8 @@ def _check_tensors(path: str | Path, world, tensors: dict[str, Tensor], count: i
     wants |= {"history": ((slots, world.history, *world.spec.latent_chw), world.latent_dtype),
               "pending": ((slots, *world.pending_shape), world.latent_dtype),
               "tables.pages": (table, torch.int64), "tables.frames": (table, torch.int64)}
-    wants |= {f"extra.{k}": ((slots, *shape), kind) for k, (shape, kind) in world.extra.items()}
+    wants |= {f"extra.{k}": ((slots, *form[0]), form[1]) for k, form in world.extra.items()
+              if isinstance(form, tuple)}
     for name, expected in wants.items():
         tensor = tensors[name]
         if (tuple(tensor.shape), tensor.dtype) != expected:

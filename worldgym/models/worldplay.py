@@ -6,7 +6,7 @@ sees its context through a ``Context``: keys and values made by one pass over cl
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +28,11 @@ class Context:
 
     position: tuple[tuple[Tensor, Tensor], ...]
     camera: tuple[tuple[Tensor, Tensor], ...]
+
+    def map(self, how: Callable[[Tensor], Tensor]) -> "Context":
+        """Every tensor changed in the same way."""
+        return Context(*(tuple((how(k), how(v)) for k, v in which)
+                         for which in (self.position, self.camera)))
 
     @property
     def nbytes(self) -> int:
@@ -149,13 +154,15 @@ class WorldPlayDiT(WanDiT):
                                beside=beside if see is not None else None, **given)
 
     def context(self, x_BCFHW: Tensor, context_BLD: Tensor | None = None, *, labels_BF: Tensor,
-                cameras: Cameras, t: float = CONTEXT_TIME, **given: Any) -> Context:
+                cameras: Cameras, t: float | Tensor = CONTEXT_TIME, **given: Any) -> Context:
         """Keys and values of clean past latents, which all see each other (section 6).
 
-        Positions are the ranks 0..F-1, whatever the true gaps between the frames.
+        Positions are the ranks 0..F-1, whatever the true gaps between the frames, unless
+        ``frame_index_BF`` is given. ``t``: one timestep, or one per frame (B, F).
         """
         record: list[tuple[Tensor, ...]] = []
-        times = torch.full((len(x_BCFHW), x_BCFHW.shape[2]), t, device=x_BCFHW.device)
+        times = t if isinstance(t, Tensor) else torch.full(
+            (len(x_BCFHW), x_BCFHW.shape[2]), t, device=x_BCFHW.device)
         self(x_BCFHW, times, context_BLD, labels_BF=labels_BF, cameras=cameras, record=record,
              **given)
         return Context(tuple((r[0], r[1]) for r in record), tuple((r[2], r[3]) for r in record))

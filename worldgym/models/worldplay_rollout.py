@@ -50,10 +50,16 @@ class ChunkStepper:
         sampler: noise levels; the published four by default.
         context_time: timestep at which clean context latents are encoded, and at which the given
             first latent of an image start stays.
+        positions: of context frames: "reframed", their ranks, as published; "plain", their true
+            numbers, for comparison.
     """
 
     def __init__(self, dit: Any, memory: Reconstituted = WAN_MEMORY, sampler: Euler | None = None,
-                 context_time: float = CONTEXT_TIME) -> None:
+                 context_time: float = CONTEXT_TIME, positions: str = "reframed") -> None:
+        if positions not in ("reframed", "plain"):
+            raise ConfigError("unknown positions", given=repr(positions), fix='use "reframed"',
+                              expected='"reframed" or "plain"')
+        self.plain = positions == "plain"
         self.dit, self.memory, self.context_time = dit, memory, context_time
         self.sampler = sampler or Euler.at(TIMESTEPS)
         self.overwrites = not hasattr(dit, "inputs")  # else conditions are channels of the input
@@ -66,7 +72,7 @@ class ChunkStepper:
 
     @torch.no_grad()
     def step(self, histories: Sequence[History], noise_BCnHW: Tensor, moves: Moves,
-             context_BLD: Tensor, first_BC1HW: Tensor | None = None,
+             context_BLD: Tensor | None, first_BC1HW: Tensor | None = None,
              chosen: Sequence[np.ndarray] | None = None,
              watch: Callable[[int, Tensor], None] | None = None
              ) -> tuple[Tensor, list[History], list[np.ndarray]]:
@@ -77,7 +83,8 @@ class ChunkStepper:
             noise_BCnHW: standard normal numbers.
             moves: poses and labels of the new frames.
             context_BLD: text of every slot. Another text than before takes effect at once, in the
-                context too, which is encoded anew: a prompt switch needs nothing else.
+                context too, which is encoded anew: a prompt switch needs nothing else. None: the
+                network reads no text.
             first_BC1HW: clean latent of a start image; for slots at their first chunk only, which
                 it replaces a frame of. The Hunyuan variant shows it to the network instead, and
                 needs it at every step.
@@ -88,7 +95,8 @@ class ChunkStepper:
             Latents (B, C, n, H, W), the new histories, the context frames of every slot.
         """
         b, n = len(noise_BCnHW), noise_BCnHW.shape[2]
-        sizes = (len(histories), len(context_BLD), *moves.labels_Bn.shape)
+        texts = b if context_BLD is None else len(context_BLD)
+        sizes = (len(histories), texts, *moves.labels_Bn.shape)
         if sizes != (b, b, b, n) or n != self.memory.chunk:
             raise ShapeError(
                 "slots and frames do not fit", given=f"{sizes[0]} histories, {sizes[1]} texts, "
@@ -105,7 +113,8 @@ class ChunkStepper:
         for length in np.unique(lengths):
             group = [int(i) for i in np.flatnonzero(lengths == length)]
             out[group] = self._group([histories[i] for i in group], noise_BCnHW[group],
-                                     moves.rows(group), context_BLD[group],
+                                     moves.rows(group),
+                                     None if context_BLD is None else context_BLD[group],
                                      None if first_BC1HW is None else first_BC1HW[group],
                                      [chosen[i] for i in group], watch)
         w2c, K = moves.cameras.w2c_BF44, moves.cameras.K_BF33
@@ -115,14 +124,15 @@ class ChunkStepper:
                  for i, h in enumerate(histories)]
         return out, grown, chosen
 
-    def _group(self, histories: list[History], x: Tensor, moves: Moves, text: Tensor,
+    def _group(self, histories: list[History], x: Tensor, moves: Moves, text: Tensor | None,
                first: Tensor | None, chosen: list[np.ndarray],
                watch: Callable[[int, Tensor], None] | None) -> Tensor:
         n, length, place = x.shape[2], len(chosen[0]), x.device
         here = moves.cameras.w2c_BF44[:, 0]
         now = moves.cameras.seen_from(here)
         labels = torch.from_numpy(moves.labels_Bn).to(place)
-        given: dict[str, Any] = {"text_kv": self.dit.text(text.to(next(self.dit.parameters())))}
+        given: dict[str, Any] = {} if text is None else {
+            "text_kv": self.dit.text(text.to(next(self.dit.parameters())))}
         shown, first = (None, first) if self.overwrites else (first, None)
 
         dtype = next(self.dit.parameters()).dtype  # the sample keeps its own
@@ -138,13 +148,16 @@ class ChunkStepper:
             cameras = Cameras(torch.cat([p.w2c_BF44 for p in past]).to(here),
                               None if now.K_BF33 is None else torch.cat(K)).seen_from(here)
             latents = torch.stack([h.latents(c) for h, c in zip(histories, chosen, strict=True)])
+            where = {"frame_index_BF": torch.from_numpy(np.stack(chosen)).to(place)} if (
+                self.plain) else {}
             old = np.stack([h.of("label")[c] for h, c in zip(histories, chosen, strict=True)])
             context = self.dit.context(
                 inputs(latents.transpose(1, 2).to(x), np.stack(chosen)),
                 labels_BF=torch.from_numpy(old).to(place), cameras=cameras,
-                t=self.context_time, **given)
-        index = length + torch.arange(n, device=place)
+                t=self.context_time, **where, **given)
         frames = np.array([len(h) for h in histories])[:, None] + np.arange(n)
+        index = torch.from_numpy(frames).to(place) if self.plain else (
+            length + torch.arange(n, device=place))
         for i, t in enumerate(self.sampler.timesteps_S.tolist()):
             times = torch.full((len(x), n), t, device=place)
             if first is not None:
@@ -160,6 +173,13 @@ class ChunkStepper:
 
 def start_image(image_HWC: np.ndarray, frame_hw: Sequence[int]) -> Tensor:
     """Pixels (1, 3, 1, H, W) in [-1, 1] of an RGB picture: enlarged to cover, centre cut."""
+    cut = torch.from_numpy(fit_image(image_HWC, frame_hw))
+    return (cut.permute(2, 0, 1).float() / 127.5 - 1)[None, :, None]
+
+
+def fit_image(image_HWC: np.ndarray, frame_hw: Sequence[int]) -> np.ndarray:
+    """An RGB picture as uint8 (H, W, 3) of another size: enlarged to cover (Lanczos), centre cut.
+    """
     image = np.asarray(image_HWC)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ShapeError("not an RGB picture", given=f"{image.shape} {image.dtype}",
@@ -171,5 +191,4 @@ def start_image(image_HWC: np.ndarray, frame_hw: Sequence[int]) -> Tensor:
     size = max(width, int(w * scale)), max(height, int(h * scale))
     big = np.asarray(picture.fromarray(image).resize(size, picture.Resampling.LANCZOS))
     top, left = (size[1] - height) // 2, (size[0] - width) // 2
-    cut = torch.from_numpy(big[top:top + height, left:left + width].copy())
-    return (cut.permute(2, 0, 1).float() / 127.5 - 1)[None, :, None]
+    return big[top:top + height, left:left + width].copy()

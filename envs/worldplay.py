@@ -1,0 +1,379 @@
+"""``worldgym/WorldPlay-v0``: WorldPlay's published folder as a task and as environments.
+
+Shapes: B slot, T raw frame, F latent frame, H W pixels, L text token, D text width.
+"""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldgym.envs.dream import DreamEnv
+from worldgym.envs.make import _split
+from worldgym.envs.scope import ScopeStarts, check_text
+from worldgym.envs.spaces import check_frame, to_numpy
+from worldgym.envs.tasks import Task
+from worldgym.envs.vector import DreamVectorEnv
+from worldgym.errors import ConfigError, DatasetError, DTypeError, ShapeError
+
+ID = "worldgym/WorldPlay-v0"
+WORLD = ("opening", "longest", "temperature", "fps")
+PLACE = ("device", "dtype", "height", "width", "companions", "network")
+SETTINGS = ("model", "image", "prompt", "controls", "move", "turn", "K", *WORLD, *PLACE)
+log = logging.getLogger("worldgym")
+
+
+# -- starts ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Frames that an episode begins with, uint8 (T, H, W, 3), and the camera's pose c2w (F, 4, 4)
+    in each latent frame of them (None: it stood still)."""
+
+    frames_KHWC: np.ndarray
+    c2w_F44: np.ndarray | None = None
+
+
+class WorldPlayStarts(ScopeStarts):
+    """Where episodes begin: pictures (None: nothing, all is dreamt), each with its prompt."""
+
+    def __init__(self, world: Any, pictures: Sequence[np.ndarray | None], prompts: Sequence[str],
+                 encode: Callable[[list[str]], list[Any]] | None) -> None:
+        super().__init__(world, pictures, prompts, "", encode or (lambda texts: []))  # type: ignore
+        self.reads = encode is not None
+        self.options = ("image", "prompt") if self.reads else ("image",)  # type: ignore
+
+    def gather(self, indices: Any) -> Any:
+        """These starts (repeats allowed) as ``Starts``."""
+        index, clips = [int(i) for i in indices], []
+        for i in index:
+            picture = self.pictures[i]
+            if picture is not None and i not in self._latents:
+                self._latents[i] = self.world.start_latents(picture[None])
+            clips.append(None if picture is None else self._latents[i])
+        return self._told(clips, [self.prompts[i] for i in index])
+
+    def last_frames(self, indices: Any) -> np.ndarray:
+        """Pictures of these starts, uint8 (B, H, W, 3); black where there is none."""
+        black = np.zeros((*self.world.spec.frame_hw, 3), np.uint8)
+        return np.stack([black if self.pictures[int(i)] is None else self.pictures[int(i)]
+                         for i in indices])
+
+    def check_own(self, frame: Any, frame_hw: tuple[int, int]) -> Clip:
+        """The user's start as a ``Clip``, or a named error."""
+        if isinstance(frame, Clip):
+            return frame
+        return Clip(check_frame(frame, frame_hw)[None])
+
+    def encode_frames(self, world: Any, frames: Any) -> Any:
+        """Starts of these ``Clip``, with the first start's prompt."""
+        return self._told([c.frames_KHWC for c in frames], [self.prompts[0]] * len(frames),
+                          [c.c2w_F44 for c in frames])
+
+    def tell(self, starts: Any, texts: Sequence[dict | None]) -> Any:
+        """The starts with the prompts that are given instead of their own."""
+        from dataclasses import replace
+
+        import torch
+
+        context, prompts = starts.context_BLD.clone(), starts.prompts_B.copy()
+        for i, told in enumerate(texts):
+            if told and told.get("prompt") is not None:
+                prompts[i] = check_text("prompt", told["prompt"])
+                encoded = torch.as_tensor(self.contexts([prompts[i]])[0])
+                context[i] = 0
+                context[i, :len(encoded)] = encoded
+        return replace(starts, context_BLD=context, prompts_B=prompts)
+
+    def picture(self, image: Any) -> np.ndarray:
+        """A picture, or the path of one, as a frame: enlarged to cover, centre cut (Lanczos)."""
+        return fitted(image, self.world.spec.frame_hw)
+
+    def _told(self, clips: list[Any], prompts: list[str],
+              poses: list[np.ndarray | None] | None = None) -> Any:
+        told = {"contexts": self.contexts(prompts), "prompts": prompts} if self.reads else {}
+        return self.world.starts(clips, poses=poses, **told)
+
+
+def fitted(image: Any, frame_hw: Sequence[int]) -> np.ndarray:
+    """A picture (array or path) as a frame of the world's size."""
+    from worldgym.extras import need
+    from worldgym.models.worldplay_rollout import fit_image
+
+    if isinstance(image, str | Path):
+        pictures = need("PIL.Image", "reading pictures", "wan")
+        try:
+            with pictures.open(image) as picture:
+                image = np.array(picture.convert("RGB"))
+        except OSError as error:
+            raise DatasetError("picture cannot be read", given=f"{image} ({error})",
+                               expected="a picture file", fix="check the path") from error
+    return fit_image(to_numpy(image), frame_hw)
+
+
+# -- the task -------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _parts(folder: str, companions: str | None, network: str, stamp: int, device: str,
+           dtype: str) -> tuple[Any, Any, str]:
+    """Network, autoencoder, fingerprint; loaded once per process."""
+    import torch
+
+    from worldgym import checkpoint
+    from worldgym.models.worldplay_files import find
+
+    found, kind = find(folder, companions), getattr(torch, dtype)
+    assert found is not None
+    dit = found.load_network(network, device=device, dtype=kind)
+    values = next(dit.parameters()).detach().float().cpu().numpy().tobytes()
+    print_ = f"{checkpoint.fingerprint(dit)} {hashlib.md5(values).hexdigest()} {dtype}"
+    return dit, found.load_autoencoder(device=device, dtype=kind), print_
+
+
+@functools.lru_cache(maxsize=4)
+def _world(parts: tuple, frame_hw: tuple[int, int], controls: tuple, K: tuple,
+           settings: tuple) -> Any:
+    from worldgym.models.controls import Controls
+    from worldgym.models.film import WanVideo
+    from worldgym.models.worldplay_files import LICENCE
+    from worldgym.models.worldplay_world import WorldPlayWorld
+
+    dit, vae, print_ = _parts(*parts)
+    return WorldPlayWorld(dit, WanVideo(vae, frame_hw), controls=Controls(**dict(controls)),
+                          fingerprint=print_, licence=LICENCE, K_33=np.reshape(K, (3, 3)),
+                          **dict(settings))
+
+
+def load_worldplay(model: str | Path | None = None, *, image: Any = None,
+                   prompt: str | Sequence[str] = "", companions: str | Path | None = None,
+                   network: str | None = None, controls: str = "keys", move: float | None = None,
+                   turn: float | None = None, K: Any = None, height: int = 704, width: int = 1280,
+                   device: str | None = None, dtype: str | None = None,
+                   task: Mapping[str, Any] | None = None, **settings: Any) -> Task:
+    """WorldPlay's task (its Wan variant); no reward and no end of its own.
+
+    Args:
+        model: folder with WorldPlay's published files; ``companions``: folder with ``vae``,
+            ``text_encoder`` and ``tokenizer``, if they are not there.
+        image: picture that episodes begin with (array, path, or a list of them); None: episodes
+            begin with nothing, and the first step dreams the first frame from the prompt.
+        prompt: text of every picture, or one per picture.
+        network: subfolder of the weights; None: the distilled ones.
+        controls: "keys" or "deltas" (``worldgym.models.controls``); move, turn: what a key does.
+        K: pixel intrinsics (3, 3); None: the published ones.
+        height, width: of the frames. device: None: cuda where there is one. dtype: None: bfloat16
+            on cuda, else float32.
+        task: fields of ``Task``. settings: opening, longest, temperature, fps.
+
+    Raises:
+        ConfigError: no folder, or an impossible setting. CheckpointError: files missing or broken.
+    """
+    import torch
+
+    from worldgym import camera
+    from worldgym.models import worldplay_files as files
+
+    found = None if model is None else files.find(model, companions)
+    if found is None:
+        raise ConfigError("no WorldPlay folder", given=repr(model), expected="the published folder",
+                          fix=f'gymnasium.make("{ID}", model="FOLDER"); `worldgym inspect FOLDER` '
+                          "says what is missing")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
+    if dtype not in ("bfloat16", "float32") or controls not in ("keys", "deltas"):
+        raise ConfigError("unknown precision or controls", given=f"{dtype}, {controls!r}",
+                          expected='bfloat16 or float32; "keys" or "deltas"',
+                          fix="leave them out")
+    network = network or (files.WAN if files.WAN in found.parts else files.BACKBONE)
+    weights = found._part(network)
+    stamp = weights.need().files[0].stat().st_mtime_ns
+    many = list(image) if isinstance(image, list | tuple) else [image]
+    pictures = [None if p is None else fitted(p, (height, width)) for p in many]
+    prompts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
+    if not pictures or len(prompts) != len(pictures):
+        raise ConfigError("prompts and pictures differ in number",
+                          given=f"{len(prompts)} prompts, {len(pictures)} pictures",
+                          expected="one prompt, or one per picture", fix="give as many prompts")
+    prompts = [check_text("prompt", p) for p in prompts]
+    kind = getattr(torch, dtype)
+
+    def encode(texts: list[str]) -> list[Any]:
+        """The encoder is loaded for this and let go again; every prompt alone, for its bits."""
+        return [found.contexts([t], device=device, dtype=kind)[0].to(device) for t in texts]
+
+    keys = {"kind": controls} | {n: v for n, v in (("move", move), ("turn", turn)) if v is not None}
+    K_33 = np.asarray(camera.DEFAULT_K if K is None else K, np.float64)
+    camera.normalised(K_33)
+    world = _world((str(found.path.resolve()), None if companions is None else str(companions),
+                    network, stamp, str(device), dtype), (height, width),
+                   tuple(sorted(keys.items())), tuple(K_33.ravel().tolist()),
+                   tuple(sorted(settings.items())))
+    return Task(world=world, starts=WorldPlayStarts(world, pictures, prompts, encode), name=ID,
+                **(task or {}))
+
+
+# -- the environments -----------------------------------------------------------------------------
+
+
+class WorldPlayFace:
+    """Mixin over a face: prompts that change between steps, starts of several frames."""
+
+    core: Any
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of every slot, as reset and ``set_prompt`` gave it."""
+        return self.core.task.world.prompts(self.core.ready().world)
+
+    @property
+    def poses(self) -> np.ndarray:
+        """Where the camera of every slot stands now, c2w (B, 4, 4); identity at the start."""
+        from worldgym.camera import inverse
+
+        pasts = self.core.ready().world.extra["past"]
+        return np.stack([inverse(p.history.of("w2c")[-1]) if len(p.history) else np.eye(4)
+                         for p in pasts])
+
+    def _tell(self, slots: Sequence[int], texts: Sequence[str], events: Sequence[str]) -> None:
+        texts = [check_text("prompt", t) for t in texts]
+        said = [f"{t} {check_text('event', e)}".strip() for t, e in zip(texts, events, strict=True)]
+        bank, world = self.core.task.starts, self.core.task.world
+        contexts = bank.contexts(said) if getattr(bank, "reads", True) else said
+        self.core.change(lambda state: world.tell(state, slots, contexts, texts))
+
+    def _clip(self, frames: Any, poses: Any) -> Clip:
+        array = np.asarray(to_numpy(frames))
+        hw = tuple(self.core.spec.frame_hw)
+        if array.ndim != 4 or array.shape[1:] != (*hw, 3) or not len(array):
+            raise ShapeError("start frames have the wrong shape", given=array.shape,
+                             expected=f"(T, {hw[0]}, {hw[1]}, 3)", fix="stack them, oldest first")
+        if array.dtype != np.uint8:
+            raise DTypeError("start frames have the wrong dtype", given=array.dtype,
+                             expected="uint8 in 0..255", fix="scale to 0..255 and cast")
+        return Clip(array.copy(), None if poses is None else np.asarray(poses, np.float64))
+
+
+class WorldPlayEnv(WorldPlayFace, DreamEnv):
+    """A WorldPlay dream; ``DreamEnv`` says what all dreams share.
+
+    - A step is a chunk: 4 latent frames, 16 frames. Action: ``controls="keys"``, (move, turn) of
+      nine classes each, or "deltas", (forward, right, yaw, pitch); held over the latent frames, or
+      with ``actions="per_frame"`` one per frame, of which each latent frame hears its first.
+    - ``reset`` shows the start picture as it was given (black where none is) and generates nothing.
+      The **first step makes 13 frames**, not 16: its ``info["frames"]`` begin with the start
+      picture as the network draws it, at the start pose (``info["first_frame"]`` is 3: that many
+      of the chunk's 16 are left out), and only the last 12 come of the action. With
+      ``opening="still"`` the picture first stands still for a chunk in memory, and every step makes
+      16 frames.
+    - ``reset(options={"prompt": text, "image": picture or path})``; ``{"frames": (T, H, W, 3),
+      "poses": c2w (F, 4, 4)}`` continues a video of T = 13 + 16 j frames (or T = 1).
+    - ``set_prompt(text)`` between steps takes effect in the next chunk.
+    - ``info["poses"]``: c2w (4, 4, 4) of the chunk's latent frames, relative to the start;
+      ``info["retrieved"]``: latent frames of the past that the chunk saw (16, filled with -1).
+    - Saved states, forks and replays are exact, memory, prompt and decoder included.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """As ``DreamEnv.reset``, with "frames" and "poses" in the options."""
+        if isinstance(options, dict) and {"frames", "poses"} & set(options):
+            self.core.check_open()
+            check_pair(options)
+            rest = {k: v for k, v in options.items() if k not in ("frames", "poses")}
+            options = {**rest, "frame": self._clip(options["frames"], options.get("poses"))}
+        return super().reset(seed=seed, options=options)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt, as reset and ``set_prompt`` gave it (without an event)."""
+        return self.prompts[0]
+
+    def set_prompt(self, text: str, event: str = "") -> None:
+        """From the next chunk on, dream of ``text``, followed by ``event`` (which ``prompt`` does
+        not tell: see ``Events``).
+
+        Raises:
+            ResetNeeded, ClosedError, DTypeError; ConfigError: a world that reads no text.
+        """
+        self._tell([0], [text], [event])
+
+
+class WorldPlayVectorEnv(WorldPlayFace, DreamVectorEnv):
+    """WorldPlay dreams in one batch; options "frames" and "poses" hold one entry per slot."""
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
+        """As ``DreamVectorEnv.reset``, with several frames and "poses" per slot."""
+        if isinstance(options, dict) and {"frames", "poses"} & set(options):
+            self.core.check_open()
+            check_pair(options)
+            frames = list(options["frames"])
+            poses = list(options.get("poses") or [None] * len(frames))
+            if len(poses) != len(frames):
+                raise ShapeError("wrong number of start poses", given=len(poses),
+                                 expected=len(frames), fix="give poses or None for every slot")
+            hw = tuple(self.core.spec.frame_hw)
+            clips = [f if f is None else self._clip(f[None] if np.shape(f) == (*hw, 3) else f, p)
+                     for f, p in zip(frames, poses, strict=True)]
+            options = {**{k: v for k, v in options.items() if k != "poses"}, "frames": clips}
+        return super().reset(seed=seed, options=options)
+
+    def set_prompt(self, text: str | Sequence[str], event: str | Sequence[str] = "") -> None:
+        """From the next chunk on, dream of these texts: one for all slots, or one each."""
+        b = self.num_envs
+        told = [[x] * b if isinstance(x, str) else list(x) for x in (text, event)]
+        if any(len(x) != b for x in told):
+            raise ShapeError("wrong number of prompts", given=[len(x) for x in told], expected=b,
+                             fix="give one text, or one per slot")
+        self._tell(list(range(b)), *told)
+
+
+def check_pair(options: dict[str, Any]) -> None:
+    """ConfigError for start poses without frames, or for two starts."""
+    if "frames" not in options:
+        raise ConfigError("start poses without frames", given=sorted(options),
+                          expected='"frames" and "poses"', fix="give the frames they belong to")
+    if {"frame", "start", "image", "images"} & set(options):
+        raise ConfigError("contradictory reset options", given=sorted(options),
+                          expected="one start", fix="pass only one")
+
+
+def _task(settings: dict[str, Any]) -> tuple[Task, dict[str, Any]]:
+    own = {k: settings.pop(k) for k in SETTINGS if k in settings}
+    return load_worldplay(**own), settings
+
+
+def worldplay(**settings: Any) -> WorldPlayEnv:
+    """Entry point of ``gymnasium.make("worldgym/WorldPlay-v0", model=FOLDER)``.
+
+    Settings: those of ``load_worldplay`` and ``make_dream`` (reward, end, horizon, ...).
+    """
+    task, rest = _split(*_task(settings), ("render_mode",))
+    return WorldPlayEnv(task, **rest)
+
+
+def worldplay_vector(num_envs: int = 1, **settings: Any) -> WorldPlayVectorEnv:
+    """Entry point of ``gymnasium.make_vec("worldgym/WorldPlay-v0", model=FOLDER)``."""
+    task, rest = _split(*_task(settings), ("render_mode", "autoreset_mode"))
+    return WorldPlayVectorEnv(task, num_envs, **rest)
+
+
+def rooms(**settings: Any) -> WorldPlayEnv:
+    """Entry point of ``gymnasium.make("worldgym/Rooms-v0")``, a small world of four rooms.
+
+    A key is held for the step's 4 frames; the start picture stands still in memory, so that every
+    step makes 4 frames. Settings: those of ``make_dream``.
+    """
+    task, rest = _split("worldgym/Rooms-v0", settings, ("render_mode",))
+    return WorldPlayEnv(task, **rest)
+
+
+def rooms_vector(num_envs: int = 1, **settings: Any) -> WorldPlayVectorEnv:
+    """Entry point of ``gymnasium.make_vec("worldgym/Rooms-v0")``."""
+    task, rest = _split("worldgym/Rooms-v0", settings, ("render_mode", "autoreset_mode"))
+    return WorldPlayVectorEnv(task, num_envs, **rest)
