@@ -149,7 +149,7 @@ class FitParty(Stages):
         actions = int(first.action.sizes[0])
         return PartyNanoConfig(
             name=cfg.name or Path(cfg.out).resolve().name, codec=codec, games=tuple(self.stores),
-            cells=tuple(cells), fps=first.fps, steps=cfg.steps, outcome_squash=True,
+            cells=tuple(cells), snap=True, fps=first.fps, steps=cfg.steps, outcome_squash=True,
             reward_range=self._reward_range(),
             dynamics=nano_config(codec.latent_chw, len(self.stores), cfg.width, cfg.layers,
                                  window=cfg.window, patch=(cfg.patch,) * 2, skip=SKIP,
