@@ -221,6 +221,6 @@ def test_training_needs_the_stated_right(tmp_path, monkeypatch):
     with pytest.raises(LicenceError, match="right-to-train"):
         train.train_in_dream(task, train.TrainConfig(), tmp_path)
     seen = {}
-    monkeypatch.setattr(train, "train", lambda make, config, folder, facts, *hooks: seen.update(facts))
+    monkeypatch.setattr(train, "train", lambda make, config, folder, facts, *_: seen.update(facts))
     train.train_in_dream(task, train.TrainConfig(), tmp_path, right_to_train=True)
     assert "stated by the user" in seen["right_to_train"] and "Tencent" in seen["right_to_train"]
