@@ -51,13 +51,14 @@ class FitPartyConfig:
     empty: all that are there. Iterations are per part; ``quick``: a minute in all.
     ``halve``: frames at half the recorded size. ``channels``: of the latents, a cell of the map
     each; ``width``, ``layers``: of the dynamics; ``patch``: cells of a side that share a token;
-    ``window``: frames that a step can see.
+    ``window``: frames that a step can see while training, ``play_window``: in the world that is
+    written: what fewer cost in quality, they give back in speed.
     ``video_share``: of the dynamics' iterations, the video alone; ``alone_share``: those on single
     frames. ``batch``: clips of ``clip`` frames. ``ablation``: one of ``ABLATIONS``.
     ``state_weight``, ``position_weight``: see ``PartyLossConfig``. ``starts``: start states to keep
     of each game; ``horizon``: steps of a dreamt episode.
     ``snapshot``: write the world as the checkpoints in ``out`` have it into this folder, train
-    nothing; before the last stage such a world has no memory (``window`` 1), before its heads are
+    nothing; before the last stage such a world has no memory, before its heads are
     trained no ends.
     """
 
@@ -77,7 +78,8 @@ class FitPartyConfig:
     layers: int = 5
     patch: int = 1
     window: int = 6
-    steps: tuple[float, ...] = (1000.0, 850.0, 600.0)
+    play_window: int = 1
+    steps: tuple[float, ...] = (1000.0, 700.0, 400.0)
     state_weight: float = 2.0
     position_weight: float = 5.0
     dynamics_lr: float = 4e-3
@@ -96,6 +98,7 @@ class FitPartyConfig:
     def __post_init__(self) -> None:
         counts = (self.codec_iterations, self.dynamics_iterations, self.outcome_iterations)
         if min(*counts, self.batch, self.clip - 1, self.starts, self.seed + 1, self.window,
+               self.play_window,
                self.horizon, self.channels, self.layers) < 1:
             raise ConfigError("impossible length of training",
                               given=f"iterations {counts}, batch {self.batch}, clip {self.clip}, "
@@ -187,8 +190,15 @@ class FitParty(Stages):
         self._outcome(min(cfg.outcome_iterations, short))
         self._dynamics(min(cfg.dynamics_iterations, short))
         if self.group.first:
-            self._write(self.out, self.nano)
+            self._write(self.out, self._seeing(min(cfg.play_window, cfg.window)))
         return self.out
+
+    def _seeing(self, window: int, **changes: Any) -> PartyNano:
+        """The world with these weights whose steps see so many frames."""
+        now = self.nano.cfg
+        made = PartyNano(replace(now, dynamics=replace(now.dynamics, window=window), **changes))
+        made.load_state_dict(self.nano.state_dict())
+        return made.eval()
 
     def _read(self, game: str, rows: np.ndarray) -> np.ndarray:
         return self.view(self.stores[game].take("frames", rows))
@@ -313,14 +323,11 @@ class FitParty(Stages):
                               expected="the folder of a run whose dynamics train",
                               fix="train first: the same command without --snapshot")
         self.normalise(self._any, np.arange(self.ends[-1]))
-        now = self.nano.cfg
-        if done["dynamics"] <= int(cfg.alone_share * cfg.dynamics_iterations):
-            now = replace(now, dynamics=replace(now.dynamics, window=1))
-        if not done["outcome"]:  # untrained heads end half of the players in every step
-            now = replace(now, end_scale=0.0)
-        made = PartyNano(now)
-        made.load_state_dict(self.nano.state_dict())
-        self._write(folder, made.eval(), done)
+        early = done["dynamics"] <= int(cfg.alone_share * cfg.dynamics_iterations)
+        window = 1 if early else min(cfg.play_window, cfg.window)
+        # untrained heads end half of the players in every step
+        made = self._seeing(window, **({} if done["outcome"] else {"end_scale": 0.0}))
+        self._write(folder, made, done)
         return folder
 
     def _write(self, folder: Path, made: PartyNano, iterations: dict | None = None) -> None:
