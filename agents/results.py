@@ -169,3 +169,21 @@ def atomic_bytes(path: str | Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def by_metric(data: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(what, metric) -> row of a results file."""
+    return {(row["what"], row["metric"]): row for row in data["rows"]}
+
+
+def told(row: dict[str, Any] | None, digits: int = 0, counted: str = "n = ") -> str:
+    """A row's value ± standard deviation (95 % interval; n), a dash where there is no row."""
+    if row is None:
+        return "–"
+    text = f"{row['value']:,.{digits}f}"
+    if "sd" in row:
+        text += f" ± {row['sd']:,.{digits}f}"
+    if "ci95" in row:
+        low, high = row["ci95"]
+        text += f" ({low:,.{digits}f} to {high:,.{digits}f}; {counted}{row['n']})"
+    return text

@@ -14,17 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from worldgym.agents.replays import ssim
 from worldgym.agents.results import Row, write
 from worldgym.agents.stats import summary
 from worldgym.envs.rooms import FRAMES, INVERSE, LABELS, Rooms
 from worldgym.errors import ConfigError
+from worldgym.train.metrics import psnr
 
 SEED = 1_000_000  # recordings use seeds from 2,000,000 on
 UNITS = {"psnr": "dB", "psnr_all": "dB", "ssim": "", "features": "", "r_dist": "rad",
          "t_dist": "units"}
 TRIES = 40
+MOST = 60.0  # dB, of frames that are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,29 +100,6 @@ def dream(world: Any, routes: Sequence[Route], seed: int = 0) -> np.ndarray:
     return np.concatenate(made, 1)
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio (n,) of frames (n, H, W, 3), in dB, at most 60."""
-    mse = ((a.astype(float) - b) ** 2).mean((1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(mse, 255**2 / 1e6))
-
-
-def ssim(a: np.ndarray, b: np.ndarray, window: int = 7) -> np.ndarray:
-    """Structural similarity (n,) of frames (n, H, W, 3): uniform window, the usual constants
-    (Wang et al., 2004)."""
-    x, y = (torch.from_numpy(f.astype(np.float64)).permute(0, 3, 1, 2) for f in (a, b))
-
-    def mean(z: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(z, window, 1)
-
-    count = window**2 / (window**2 - 1)
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = (count * (mean(p * q) - m) for p, q, m in (
-        (x, x, mx * mx), (y, y, my * my), (x, y, mx * my)))
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    return score.mean((1, 2, 3)).numpy()
-
-
 def compare(world: Any, one: Route, made: np.ndarray) -> dict[str, float]:
     """Figures of one route: return frames against the first pass.
 
@@ -142,7 +121,7 @@ def compare(world: Any, one: Route, made: np.ndarray) -> dict[str, float]:
     turned = np.einsum("nij,nij->n", seen[:, :3, :3], true[:, :3, :3])
     angle = np.arccos(np.clip((turned - 1) / 2, -1, 1))
     away = np.linalg.norm(seen[:, :3, 3] - true[:, :3, 3], axis=1)
-    whole = psnr(again, first)
+    whole = psnr(again, first).clip(max=MOST)
     return {"psnr": float(whole[old].mean()), "psnr_all": float(whole.mean()),
             "ssim": float(ssim(again, first)[old].mean()), "features": float(gap[old].mean()),
             "r_dist": float(angle[old].mean()), "t_dist": float(away[old].mean())}

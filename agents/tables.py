@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from worldgym.agents import results, tables_party
+from worldgym.agents.results import told
 from worldgym.errors import ConfigError
 
 MARKER = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
@@ -32,24 +33,9 @@ BENCH = {
 }
 
 
-def _lookup(data: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(row["what"], row["metric"]): row for row in data["rows"]}
-
-
-def _tics(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    text = f"{row['value']:,.0f}"
-    if "sd" in row:
-        text += f" ± {row['sd']:,.0f}"
-    if "ci95" in row:
-        text += f" ({row['ci95'][0]:,.0f} to {row['ci95'][1]:,.0f}; n = {row['n']})"
-    return text
-
-
 def transfer(data: dict[str, Any]) -> str:
     """Dream and real return of every policy, side by side."""
-    rows = _lookup(data)
+    rows = results.by_metric(data)
     names = [n for n in POLICIES if (n, "real_return") in rows]
     names += sorted({w for w, m in rows if m == "real_return"} - set(names))
     lines = ["| agent | in the real game (tics) | in the dream (tics) | optimism |",
@@ -57,7 +43,7 @@ def transfer(data: dict[str, Any]) -> str:
     for name in names:
         real, dream = rows[name, "real_return"], rows.get((name, "dream_return"))
         gap = "–" if dream is None else f"{dream['value'] - real['value']:+,.0f}"
-        lines.append(f"| {POLICIES.get(name, name)} | {_tics(real)} | {_tics(dream)} | {gap} |")
+        lines.append(f"| {POLICIES.get(name, name)} | {told(real)} | {told(dream)} | {gap} |")
     return "\n".join([*lines, "", _world_facts(rows), ""])
 
 
@@ -73,7 +59,7 @@ def _world_facts(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
 
 def bench(data: dict[str, Any]) -> str:
     """Speed, constancy and overhead of the shipped world."""
-    rows = _lookup(data)
+    rows = results.by_metric(data)
     lines = ["| what | value |", "|---|---|"]
     for metric, label in BENCH.items():
         row = rows.get(("nano", metric))
@@ -92,7 +78,7 @@ def _bench_value(metric: str, row: dict[str, Any]) -> str:
 
 def fuzz(data: dict[str, Any]) -> str:
     """Random sequences of state operations."""
-    rows = _lookup(data)
+    rows = results.by_metric(data)
     order = ["sequences", "failures", "pages_leaked"]
     lines = ["| " + " | ".join(x.replace("_", " ") for x in order) + " |", "|---|---|---|"]
     lines.append("| " + " | ".join(f"{rows['nano', x]['value']:,.0f}" if ("nano", x) in rows
@@ -114,7 +100,7 @@ AGREEMENT = {"pearson_r": "Pearson's r", "kendall_tau": "Kendall's tau", "mmrv":
 
 def evaluation(data: dict[str, Any]) -> str:
     """Agreement of dream and real values, what pairing and uncertainty are worth, every policy."""
-    rows = _lookup(data)
+    rows = results.by_metric(data)
     lines = ["| dream | " + " | ".join(AGREEMENT.values()) + " |", "|---" * 5 + "|"]
     for what, label in LADDERS.items():
         if (what, "policies") in rows:
@@ -136,7 +122,7 @@ def evaluation(data: dict[str, Any]) -> str:
               "|---|---|---|---|"]
     for what, real in known:
         dream = rows[what, "dream_return"]
-        lines.append(f"| {what} | {_tics(rows[what, 'real_return'])} | {_tics(dream)} | "
+        lines.append(f"| {what} | {told(rows[what, 'real_return'])} | {told(dream)} | "
                      f"{dream['value'] - real:+,.0f} |")
     return "\n".join([*lines, "", "</details>", ""])
 

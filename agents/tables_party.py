@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-Rows = dict[tuple[str, str], dict[str, Any]]
+from worldgym.agents.results import by_metric, told
+
 ROLLERS = {
     "model": "the shipped world", "snapped": "the same, its states snapped to cells",
     "unsnapped": "the same, its states as drawn", "real": "the recording itself (what judges see)",
@@ -21,10 +22,6 @@ BENCH = {"seven_over_two_players": "step with 7 players ÷ step with 2 (same fra
          "dream_over_real_steps": "dream ÷ real"}
 
 
-def _rows(data: dict[str, Any]) -> Rows:
-    return {(row["what"], row["metric"]): row for row in data["rows"]}
-
-
 def _share(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
@@ -35,7 +32,7 @@ def _share(row: dict[str, Any] | None) -> str:
 
 def binding(data: dict[str, Any]) -> str:
     """Whether the right player moves: pooled over the games, then game by game."""
-    rows, games = _rows(data), data["about"]["pooled"]
+    rows, games = by_metric(data), data["about"]["pooled"]
     head = ["| | " + " | ".join(JUDGED.values()) + " |", "|---" * (len(JUDGED) + 1) + "|"]
 
     def line(what: str, label: str) -> str:
@@ -53,7 +50,7 @@ def binding(data: dict[str, Any]) -> str:
 
 def transfer(data: dict[str, Any]) -> str:
     """Teams of every game: real beside dream returns, and the share of the real gain."""
-    rows = _rows(data)
+    rows = by_metric(data)
     games = list(dict.fromkeys(what.split("/")[0] for what, _ in rows))
     lines = ["| game | team | in Melting Pot | in the dream | share of the real gain |",
              "|---|---|---|---|---|"]
@@ -61,7 +58,7 @@ def transfer(data: dict[str, Any]) -> str:
         for team, label in TEAMS.items():
             if (f"{game}/{team}", "real_return") not in rows:
                 continue
-            cells = [_return(rows.get((f"{game}/{team}", f"{place}_return")))
+            cells = [told(rows.get((f"{game}/{team}", f"{place}_return")), 1, "")
                      for place in ("real", "dream")]
             share = _share(rows.get((f"{game}/{team}", "gain_share"))) if team == "dream" else ""
             lines.append(f"| {game} | {label} | {cells[0]} | {cells[1]} | {share} |")
@@ -69,20 +66,9 @@ def transfer(data: dict[str, Any]) -> str:
                       "standard deviation (95 % interval; n).", ""])
 
 
-def _return(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    text = f"{row['value']:.1f}"
-    if "sd" in row:
-        text += f" ± {row['sd']:.1f}"
-    if "ci95" in row:
-        text += f" ({row['ci95'][0]:.1f} to {row['ci95'][1]:.1f}; {row['n']})"
-    return text
-
-
 def bench(data: dict[str, Any]) -> str:
     """What players cost, and speed beside the real game."""
-    rows = _rows(data)
+    rows = by_metric(data)
     lines = ["| what | value |", "|---|---|"]
     for metric, label in BENCH.items():
         row = rows.get(("nano", metric))

@@ -6,11 +6,13 @@ Shapes: H W frame pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from worldgym.errors import ConfigError, MissingDependencyError
+from worldgym.errors import ConfigError, DatasetError, MissingDependencyError
+from worldgym.extras import need
 
 
 def resize(image: np.ndarray, frame_hw: tuple[int, int]) -> np.ndarray:
@@ -22,6 +24,23 @@ def resize(image: np.ndarray, frame_hw: tuple[int, int]) -> np.ndarray:
     grows = height > image.shape[0] or width > image.shape[1]
     how = cv2.INTER_LINEAR if grows else cv2.INTER_AREA
     return cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=how)
+
+
+def read_picture(image: Any) -> Any:
+    """A picture given as a path as uint8 (H, W, 3); anything else as it is.
+
+    Raises:
+        DatasetError: the file cannot be read.
+    """
+    if not isinstance(image, str | Path):
+        return image
+    pictures = need("PIL.Image", "reading pictures", "wan")
+    try:
+        with pictures.open(image) as picture:
+            return np.array(picture.convert("RGB"))
+    except OSError as error:
+        raise DatasetError("picture cannot be read", given=f"{image} ({error})",
+                           expected="a picture file", fix="check the path") from error
 
 
 def load_cv2() -> Any:

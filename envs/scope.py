@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from worldgym.data.starts import hash64
+from worldgym.envs.pixels import read_picture
 from worldgym.envs.tasks import Task
 from worldgym.envs.vector import DreamVectorEnv
-from worldgym.errors import ConfigError, DatasetError, DTypeError
+from worldgym.errors import ConfigError, DTypeError
 
 ID = "worldgym/SCOPE-v0"
 SAMPLING = ("steps", "guidance", "shift", "solver", "together")
@@ -135,17 +136,8 @@ def fitted(image: Any, size: Any) -> np.ndarray:
     """A picture (array or path) as a frame of the world's size."""
     from worldgym.clip import fit_image
     from worldgym.envs.spaces import to_numpy
-    from worldgym.extras import need
 
-    if isinstance(image, str | Path):
-        pictures = need("PIL.Image", "reading pictures", "wan")
-        try:
-            with pictures.open(image) as picture:
-                image = np.array(picture.convert("RGB"))
-        except OSError as error:
-            raise DatasetError("picture cannot be read", given=f"{image} ({error})",
-                               expected="a picture file", fix="check the path") from error
-    return fit_image(to_numpy(image), size)
+    return fit_image(to_numpy(read_picture(image)), size)
 
 
 @functools.lru_cache(maxsize=1)

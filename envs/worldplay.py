@@ -15,11 +15,12 @@ import numpy as np
 
 from worldgym.envs.dream import DreamEnv
 from worldgym.envs.make import _split
+from worldgym.envs.pixels import read_picture
 from worldgym.envs.scope import ScopeStarts, check_text
 from worldgym.envs.spaces import check_frame, to_numpy
 from worldgym.envs.tasks import Task
 from worldgym.envs.vector import DreamVectorEnv
-from worldgym.errors import ConfigError, DatasetError, DTypeError, ShapeError
+from worldgym.errors import ConfigError, DTypeError, ShapeError
 
 ID = "worldgym/WorldPlay-v0"
 WORLD = ("opening", "longest", "temperature", "fps")
@@ -103,18 +104,9 @@ class WorldPlayStarts(ScopeStarts):
 
 def fitted(image: Any, frame_hw: Sequence[int]) -> np.ndarray:
     """A picture (array or path) as a frame of the world's size."""
-    from worldgym.extras import need
     from worldgym.models.worldplay_rollout import fit_image
 
-    if isinstance(image, str | Path):
-        pictures = need("PIL.Image", "reading pictures", "wan")
-        try:
-            with pictures.open(image) as picture:
-                image = np.array(picture.convert("RGB"))
-        except OSError as error:
-            raise DatasetError("picture cannot be read", given=f"{image} ({error})",
-                               expected="a picture file", fix="check the path") from error
-    return fit_image(to_numpy(image), frame_hw)
+    return fit_image(to_numpy(read_picture(image)), frame_hw)
 
 
 # -- the task -------------------------------------------------------------------------------------

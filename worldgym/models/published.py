@@ -1,5 +1,6 @@
 """A part of a folder in some published layout: opened, weighed, or why it is not there."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +9,29 @@ from typing import Any, TypeVar
 import torch
 
 from worldgym import checkpoint
-from worldgym.errors import WorldGymError
+from worldgym.errors import ConfigError, WorldGymError
 from worldgym.weightfile import WeightFile, open_weights
 
 P = TypeVar("P", bound="Part")
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What a configuration file says; nothing where there is none.
+
+    Raises:
+        ConfigError: it is not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ConfigError(f"{path.name} cannot be read", given=f"{path} ({error})",
+                          expected="a JSON object, or no such file",
+                          fix="download it again or take it away") from error
+    return data
 
 
 @dataclass(frozen=True)

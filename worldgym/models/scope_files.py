@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from worldgym import checkpoint
-from worldgym.errors import CheckpointError, ConfigError, WorldGymError
+from worldgym.errors import CheckpointError, WorldGymError
 from worldgym.models import umt5, wan_vae
-from worldgym.models.published import Part
+from worldgym.models.published import Part, json_object
 from worldgym.models.scope import MARK, ScopeConfig, ScopeDiT, is_scope
 from worldgym.spec import Licence
 from worldgym.weightfile import INDEX_SUFFIX, open_weights
@@ -181,7 +181,7 @@ def find(path: str | Path) -> ScopeFolder | None:
         return None
     parts = {name: ScopePart.look(name, path / file) for name, file in FILES.items()}
     return ScopeFolder(path, network, parts["text encoder"], parts["autoencoder"],
-                       _hints(path / CONFIG))
+                       json_object(path / CONFIG))
 
 
 def open_folder(path: str | Path, config: Mapping[str, Any] | None = None) -> ScopeFolder:
@@ -220,17 +220,3 @@ def _listed(index: Path) -> list[str]:
         return list(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError, OSError):
         return []
-
-
-def _hints(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text())
-        if not isinstance(data, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise ConfigError("config.json cannot be read", given=f"{path} ({error})",
-                          expected="a JSON object, or no such file",
-                          fix="download it again or take it away") from error
-    return data

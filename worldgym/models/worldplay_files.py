@@ -9,7 +9,6 @@ The parts may lie in two folders, as they are published. Nothing is loaded until
 torch files go through ``weights_only``.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor
 
 from worldgym import checkpoint
-from worldgym.errors import CheckpointError, ConfigError
+from worldgym.errors import CheckpointError
 from worldgym.models import umt5, wan_vae
 from worldgym.models.hunyuan import HunyuanConfig, HunyuanDiT
-from worldgym.models.published import Part
+from worldgym.models.published import Part, json_object
 from worldgym.models.scope import ScopeConfig
 from worldgym.models.wan import WanConfig, WanDiT
 from worldgym.models.worldplay import WorldPlayDiT, config_of
@@ -126,7 +125,7 @@ class WorldPlayFolder:
                          dtype: torch.dtype | None = torch.bfloat16) -> wan_vae.WanVAE:
         """The autoencoder with the latent statistics of its config."""
         folder = self.companions / PARTS["autoencoder"]
-        sizes = _json(folder / "config.json")
+        sizes = json_object(folder / "config.json")
         stats = {k: sizes[f"latents_{k}"] for k in ("mean", "std") if f"latents_{k}" in sizes}
         return wan_vae.WanVAE.load(self._part("autoencoder").need(), device=device, dtype=dtype,
                                    sizes=sizes or None, **stats)
@@ -174,22 +173,9 @@ def find(path: str | Path, companions: str | Path | None = None) -> WorldPlayFol
     return WorldPlayFolder(path, parts, beside, _hints(path / BACKBONE / "config.json"))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text())
-        if not isinstance(data, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise ConfigError("config.json cannot be read", given=f"{path} ({error})",
-                          expected="a JSON object", fix="download it again") from error
-    return data
-
-
 def _hints(path: Path) -> dict[str, Any]:
     """What a diffusers config tells beyond the tensors, under native names."""
-    data = _json(path)
+    data = json_object(path)
     if not data:
         return {}
     cfg = config_of(data)
