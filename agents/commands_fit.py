@@ -32,6 +32,7 @@ class Fit:
         quick: fifty iterations of each part, to try the machinery.
         seed: seed of data order, noise and first weights.
         device: cpu or cuda.
+        compile: fuse the network's operations: faster after minutes (needs a C++ compiler).
         shard: shard the network over processes under torchrun.
         codes: wham: size of the codebook.
         tokenizer: wham: vit, or conv for square frames.
@@ -57,6 +58,7 @@ class Fit:
     quick: bool = False
     seed: int = 0
     device: str = "cpu"
+    compile: bool = False
     shard: bool = False
     codes: int | None = None
     tokenizer: str | None = None

@@ -76,12 +76,15 @@ class FitParty:
         data: folder that ``worldgym collect-party`` wrote.
         out: world folder to make.
         name: name of the world.
+        init: world folder to start from; its codec stays.
         games: names of games; default: all that are in data.
         codec_iterations: length of the codec's training.
         dynamics_iterations: length of the dynamics' training.
         outcome_iterations: length of the training of the reward and end heads.
         video_share: share of the dynamics' training on the video alone, before players join.
         alone_share: share of the dynamics' training on single frames, cheaper than clips.
+        balance: "games": each is drawn equally often, or "players": by how many play it.
+        compile: fuse the network's operations: faster after minutes (needs a C++ compiler).
         batch: clips per iteration.
         clip: frames per clip.
         width: model width.
@@ -100,12 +103,15 @@ class FitParty:
     data: str
     out: str
     name: str | None = None
+    init: str | None = None
     games: tuple[str, ...] | None = None
     codec_iterations: int | None = None
     dynamics_iterations: int | None = None
     outcome_iterations: int | None = None
     video_share: float | None = None
     alone_share: float | None = None
+    balance: str | None = None
+    compile: bool = False
     batch: int | None = None
     clip: int | None = None
     width: int | None = None

@@ -291,6 +291,39 @@ def test_eventful_clips_are_weighed_back(data):
     with pytest.raises(ConfigError, match="eventful 1"):
         PartySampler(stores, ids, 2, 4, eventful=1.0)
 
+
+def test_games_are_drawn_as_often_as_asked(data):
+    stores = open_party(data)
+    ids = {k: np.arange(len(v)) for k, v in stores.items()}
+    games = {"frames": 2, "batch": 4000, "with_frames": False}
+    drawn = PartySampler(stores, ids, **games, chances=(0.8, 0.2))(0)["game"]
+    assert (drawn == 0).mean() == pytest.approx(0.8, abs=0.03) and set(drawn) == {0, 1}
+    assert (PartySampler(stores, ids, **games, chances=(0.0, 1.0))(0)["game"] == 1).all()
+    for wrong in ((0.5, 0.4), (1.5, -0.5), (1.0,)):
+        with pytest.raises(ConfigError, match="chances of sum 1"):
+            PartySampler(stores, ids, **games, chances=wrong)
+
+
+def test_a_run_goes_on_from_a_world(whole, data, tmp_path):
+    """The codec stays bit for bit; dynamics and heads start where they were and move."""
+    settings = SMALL | {"data": str(data), "out": str(tmp_path / "next"), "name": "next",
+                        "init": str(whole[0]), "balance": "players", "video_share": 0.0,
+                        "dynamics_iterations": 2, "outcome_iterations": 1}
+    losses = fit_run.recorded(settings)
+    assert {k: len(v) for k, v in losses.items()} == {"dynamics": 2, "outcome": 1}
+    old, new = (party_nano.load_party(x) for x in (whole[0], tmp_path / "next"))
+    assert old.cfg.codec == new.cfg.codec and new.cfg.name == "next"
+    assert all(torch.equal(v, new.codec.state_dict()[k]) for k, v in old.codec.state_dict().items())
+    for part in ("dynamics", "outcome"):
+        a, b = (torch.cat([p.detach().flatten() for p in getattr(x, part).parameters()])
+                for x in (old, new))
+        assert 0 < (a - b).norm() < 0.3 * a.norm()
+    made = json.loads((tmp_path / "next/world.json").read_text())["provenance"]
+    assert made["config"]["init"] == str(whole[0])
+    with pytest.raises(ConfigError, match="does not fit"):
+        fit_run.recorded(settings | {"out": str(tmp_path / "other"), "width": 64})
+
+
 def test_squashed_rewards_come_back():
     """A head that fits the squashed reward exactly pays the true one."""
     cfg = PartyOutcomeConfig(latent_chw=(2, 4, 4), channels=2, actions=5, squash=True)
@@ -328,7 +361,7 @@ def test_position_weight_counts_positions():
 @pytest.mark.parametrize("changes, message", [
     ({"games": ("chess",)}, "no recordings of this game"), ({"batch": 0}, "impossible length"),
     ({"alone_share": 0.0}, "impossible shares"), ({"ablation": "no-eyes"}, "no such ablation"),
-    ({"window": 0}, "impossible length")])
+    ({"window": 0}, "impossible length"), ({"balance": "teams"}, "no such balance")])
 def test_refusals(data, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         fit_run.recorded(SMALL | {"data": str(data), "out": str(tmp_path / "x")} | changes)
@@ -346,9 +379,11 @@ def test_loader_refusals(whole, tmp_path):
 
 def test_the_command_passes_its_settings_on(monkeypatch):
     made = cli.parse(["fit-party", "--data", "d", "--out", "o", "--games", "coins", "clean_up",
-                      "--layers", "3", "--ablation", "pooled", "--snapshot", "s"])
+                      "--layers", "3", "--ablation", "pooled", "--snapshot", "s", "--init", "i",
+                      "--compile", "--balance", "players"])
     seen = []
     monkeypatch.setattr("worldgym.train.fit_party.fit_party", lambda cfg: seen.append(cfg))
     made.run()
     assert seen == [FitPartyConfig(data="d", out="o", games=("coins", "clean_up"), layers=3,
-                                   ablation="pooled", snapshot="s")]
+                                   ablation="pooled", snapshot="s", init="i", compile=True,
+                                   balance="players")]

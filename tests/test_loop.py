@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -93,6 +94,22 @@ def test_learns_and_keeps_the_average(tmp_path):
     loop.load_ema()
     assert all(torch.equal(v, loop.ema[k]) for k, v in loop.target.state_dict().items())
     assert not torch.equal(live["head.weight"], loop.target.head.weight)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_training_is_the_same_and_goes_on_from_the_other(tmp_path):
+    """Up to rounding; a run may be interrupted and go on compiled, or the other way round."""
+    (plain := make(tmp_path / "plain")).run(sample, loss, tensorboard=False)
+    with pytest.raises(KeyError):  # saved at 7
+        make(tmp_path / "fused").run(lambda i: {} if i == 9 else sample(i), loss, False)
+    fused = make(tmp_path / "fused", compile=True)
+    seen = []
+    fused.run(sample, lambda model, *rest: (seen.append(model), loss(model, *rest))[1],
+              tensorboard=False)
+    assert isinstance(seen[0], torch._dynamo.OptimizedModule) and len(seen) == 23
+    (a, log_a), (b, log_b) = final(plain), final(fused)
+    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+    assert log_b[-1]["loss"] == pytest.approx(log_a[-1]["loss"], rel=0.05)
 
 
 @pytest.mark.parametrize("at", [3, 7, 23])

@@ -276,6 +276,22 @@ def test_players_that_ended_count_no_more():
     assert party_outcome_loss(model, cfg, data, torch.ones(()))[0] != loss
 
 
+def test_rewards_count_as_often_as_they_are():
+    """Clips drawn four times too often count a quarter: the loss is that of an even draw."""
+    cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=8, hidden=8)
+    model, even = PartyOutcome(cfg), outcome_batch(8, 0, None)
+    order = torch.tensor([0, 0, 0, 0, *range(1, 8)])
+    drawn = {k: v[order] for k, v in even.items() if torch.is_tensor(v)}
+    drawn["likely_B"] = torch.tensor([0.25] * 4 + [1.0] * 7)
+    of_even, told_even = party_outcome_loss(model, cfg, even, torch.ones(()))
+    of_drawn, told_drawn = party_outcome_loss(model, cfg, drawn, torch.ones(()))
+    assert torch.allclose(of_even, of_drawn, rtol=1e-5)
+    assert told_drawn["reward_mse"] == pytest.approx(told_even["reward_mse"], rel=1e-5)
+    drawn.pop("likely_B")
+    assert not torch.allclose(party_outcome_loss(model, cfg, drawn, torch.ones(()))[0], of_even,
+                              rtol=1e-3)
+
+
 def test_places_are_bilinear():
     at = places(torch.tensor([[[[-0.75, -0.75], [0.5, 0.0], [1.0, 1.0]]]]), (2, 4))[0, 0]
     assert at.sum(1).tolist() == pytest.approx([1, 1, 1])

@@ -1,11 +1,12 @@
-"""Training clips from recordings of several players, balanced over games.
+"""Training clips from recordings of several players, balanced over games or over players.
 
-A batch depends on (seed, iteration) alone; every game is equally likely whatever its recording's
-length, and within a game every window is. Windows never cross an episode.
+A batch depends on (seed, iteration) alone; a game is as likely as ``chances`` say (equally, if
+nothing does) whatever its recording's length, and within a game every window is equally likely.
+Windows never cross an episode.
 Legend: B clips, F frames of a clip, N player slots, H W C frame pixels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ class PartySampler:
         extra: per game, further arrays with one entry per row of its data set, e.g. latents.
         eventful: share of the clips drawn from those that pay or end a player in their last row,
             which are rare in some games; the rest is drawn from all.
+        chances: of each game in the order of ``stores``, which sum to 1; default: all alike.
         rank, world_size: this process reads rows ``rank*B//world_size : (rank+1)*B//world_size``.
 
     ``sampler(iteration)`` returns ``frames`` uint8 (B, F, H, W, 3) if asked, ``positions`` float32
@@ -69,19 +71,24 @@ class PartySampler:
                  seed: int = 0, *, halve: bool = False, permute: bool = True,
                  with_frames: bool = True,
                  extra: Mapping[str, Mapping[str, np.ndarray]] | None = None,
-                 eventful: float = 0.0, rank: int = 0, world_size: int = 1) -> None:
+                 eventful: float = 0.0, chances: Sequence[float] | None = None,
+                 rank: int = 0, world_size: int = 1) -> None:
         self.games = tuple(stores)
         layouts = {(store.agents, store.frame_hw) for store in stores.values()}
         if frames < 2 or not 0 <= rank < world_size <= batch or seed < 0 or len(layouts) != 1 or (
-                set(ids) != set(stores) or not 0 <= eventful < 1):
+                set(ids) != set(stores) or not 0 <= eventful < 1) or (
+                chances is not None and (len(chances) != len(stores) or min(chances) < 0
+                                         or abs(sum(chances) - 1) > 1e-6)):
             raise ConfigError(
                 "impossible clips",
                 given=f"{frames} frames, batch {batch}, rank {rank} of {world_size}, seed {seed}, "
-                f"(slots, frame size) {sorted(layouts)}, ids of {sorted(ids)}, eventful {eventful}",
+                f"(slots, frame) {sorted(layouts)}, ids of {sorted(ids)}, eventful {eventful}, "
+                f"chances {chances}",
                 expected="frames >= 2, 0 <= rank < world_size <= batch, seed >= 0, games recorded "
-                f"alike, ids of {sorted(stores)}, 0 <= eventful < 1",
+                f"alike, ids of {sorted(stores)}, 0 <= eventful < 1, chances of sum 1",
                 fix="take stores from open_party and ids from split_party")
         self.stores, self.frames, self.batch, self.seed = dict(stores), frames, batch, seed
+        self.chances = None if chances is None else np.cumsum(chances)
         self.slots, _ = layouts.pop()
         self.halve, self.permute, self.with_frames = halve, permute, with_frames
         self.extra = {name: dict(arrays) for name, arrays in (extra or {}).items()}
@@ -115,6 +122,8 @@ class PartySampler:
         """The batch of this iteration."""
         rng = np.random.default_rng([self.seed, int(iteration), CLIPS])
         game = rng.integers(len(self.games), size=self.batch)
+        if self.chances is not None:
+            game = np.searchsorted(self.chances[:-1], rng.random(self.batch), side="right")
         place = rng.random(self.batch)
         order = rng.permuted(np.tile(np.arange(self.slots), (self.batch, 1)), axis=1)
         chosen = rng.random(self.batch) < self.eventful if self.eventful else np.zeros(

@@ -133,7 +133,8 @@ def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[st
 
     ``batch``: as for ``party_loss`` (see there), with ``rewards_BFN`` and ``ended_BFN`` (the player
     ended in this frame or before); a player that has ended before counts no more. ``likely_B``, if
-    there (see ``PartySampler``), weighs the ends, which chance decides; rewards are seen.
+    there (see ``PartySampler``), weighs them all: heads that saw events twice as often as they
+    happen would pay twice as often for what looks alike.
     """
     latents, valid = batch["latents_BFChw"].float(), batch["valid_BN"].bool()
     states = torch.where(valid[:, None, :, None], batch["states_BFNS"].float(), 0)
@@ -157,10 +158,10 @@ def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[st
                    for x in (ended, torch.nan_to_num(batch["rewards_BFN"])))
     if cfg.squash:
         reward = reward.sign() * reward.abs().log1p()
-    total = counts.sum().clamp_min(1)
     bce = F.binary_cross_entropy_with_logits(out[..., 0], end, reduction="none")
     even = torch.ones(b) if "likely_B" not in batch else batch["likely_B"]
     even = counts * even.to(latents).repeat_interleave(f - 1)[:, None, None]
-    bce = (bce * even).sum() / even.sum().clamp_min(1e-6)
-    squared = (((out[..., 1] - reward / scale) ** 2) * counts).sum() / total
+    total = even.sum().clamp_min(1e-6)
+    bce = (bce * even).sum() / total
+    squared = (((out[..., 1] - reward / scale) ** 2) * even).sum() / total
     return bce + squared, {"end_bce": float(bce.detach()), "reward_mse": float(squared.detach())}

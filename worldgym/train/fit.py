@@ -48,7 +48,9 @@ class FitConfig:
     last four may change. No ``dynamics_iterations``: those of ``init`` stay, only heads are fitted.
     ``outcome_noise``: most noise on latents that the heads read; ``starts``: start states to keep.
     ``keep_terminal_frames``: learn to draw the frame after an ending (off: games often show black).
-    ``shard``: fully sharded over the processes instead of copies; AdamW then replaces Muon.
+    ``compile``: fuse the dynamics' operations: faster, but the first iterations take minutes (needs
+    a C++ compiler). ``shard``: fully sharded over the processes instead of copies; AdamW then
+    replaces Muon.
     """
 
     data: str
@@ -76,6 +78,7 @@ class FitConfig:
     quick: bool = False
     seed: int = 0
     device: str = "cpu"
+    compile: bool = False
     shard: bool = False
     measure: bool = True
     tensorboard: bool = True

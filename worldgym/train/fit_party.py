@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from worldgym.models.party_loss import PartyLossConfig, batch_of, party_loss
 from worldgym.models.party_nano import PartyNano, PartyNanoConfig
 from worldgym.models.party_outcome import party_outcome_loss
 from worldgym.train.distributed import Group
+from worldgym.train.fit_party_config import ABLATIONS, FitPartyConfig
 from worldgym.train.metrics_party import measure_party, recorded_states
 from worldgym.train.provenance import command, machine
 from worldgym.train.stages import CODEC_BATCH, Stages
@@ -37,84 +38,6 @@ OUTCOME_BATCH = 128  # transitions
 EVENTFUL = 0.5  # of these: share that pays or ends a player
 # root mean square step of latents, of positions, and of facing and alive, over thirteen games
 SKIP = (0.6, 0.11, 0.7)
-HORIZON = 100
-# networks to compare with: what binds actions to players is taken out
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "none": {}, "no-msa": {"msa": False}, "no-mca": {"mca": "none"}, "pooled": {"pooled": True}}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FitPartyConfig:
-    """What to fit to what, for how long.
-
-    ``data``: folder of ``worldgym collect-party``; ``out``: world folder to make; ``games``: names,
-    empty: all that are there. Iterations are per part; ``quick``: a minute in all.
-    ``halve``: frames at half the recorded size. ``channels``: of the latents, a cell of the map
-    each; ``width``, ``layers``: of the dynamics; ``patch``: cells of a side that share a token;
-    ``window``: frames that a step can see while training, ``play_window``: in the world that is
-    written: what fewer cost in quality, they give back in speed.
-    ``video_share``: of the dynamics' iterations, the video alone; ``alone_share``: those on single
-    frames. ``batch``: clips of ``clip`` frames. ``ablation``: one of ``ABLATIONS``.
-    ``state_weight``, ``position_weight``: see ``PartyLossConfig``. ``starts``: start states to keep
-    of each game; ``horizon``: steps of a dreamt episode.
-    ``snapshot``: write the world as the checkpoints in ``out`` have it into this folder, train
-    nothing; before the last stage such a world has no memory, before its heads are
-    trained no ends.
-    """
-
-    data: str
-    out: str
-    name: str | None = None
-    games: tuple[str, ...] = ()
-    codec_iterations: int = 4000
-    dynamics_iterations: int = 6000
-    outcome_iterations: int = 3000
-    video_share: float = 0.04
-    alone_share: float = 0.8
-    batch: int = 8
-    clip: int = 7
-    channels: int = 10
-    width: int = 96
-    layers: int = 5
-    patch: int = 1
-    window: int = 6
-    play_window: int = 1
-    steps: tuple[float, ...] = (1000.0, 700.0, 400.0)
-    state_weight: float = 2.0
-    position_weight: float = 5.0
-    dynamics_lr: float = 4e-3
-    ablation: str = "none"
-    starts: int = 100
-    horizon: int = HORIZON
-    holdout: float = 0.05
-    halve: bool = True
-    quick: bool = False
-    seed: int = 0
-    device: str = "cpu"
-    measure: bool = True
-    tensorboard: bool = True
-    snapshot: str | None = None
-
-    def __post_init__(self) -> None:
-        counts = (self.codec_iterations, self.dynamics_iterations, self.outcome_iterations)
-        if min(*counts, self.batch, self.clip - 1, self.starts, self.seed + 1, self.window,
-               self.play_window,
-               self.horizon, self.channels, self.layers) < 1:
-            raise ConfigError("impossible length of training",
-                              given=f"iterations {counts}, batch {self.batch}, clip {self.clip}, "
-                                    f"starts {self.starts}, seed {self.seed}, window {self.window},"
-                                    f" horizon {self.horizon}",
-                              expected="iterations, batch, starts, window, horizon >= 1, clip >= 2,"
-                                       " seed >= 0", fix="raise the numbers")
-        if self.ablation not in ABLATIONS:
-            raise ConfigError("no such ablation", given=self.ablation, expected=[*ABLATIONS],
-                              fix="choose one of them")
-        if not (0 < self.holdout < 1 and 0 <= self.video_share <= self.alone_share <= 1):
-            raise ConfigError("impossible shares",
-                              given=f"holdout {self.holdout}, video {self.video_share}, alone "
-                                    f"{self.alone_share}",
-                              expected="0 < holdout < 1, 0 <= video_share <= alone_share <= 1",
-                              fix="use 0.05, 0.04 and 0.8")
 
 
 class FitParty(Stages):
@@ -137,10 +60,34 @@ class FitParty(Stages):
         self.stores = {k: v for k, v in stores.items() if not cfg.games or k in cfg.games}
         self.train_ids, self.held_ids = split_party(self.stores, cfg.holdout)
         self.view = halved if cfg.halve else np.asarray
-        self.nano = party_nano.fresh(self._config(), cfg.seed).to(self.group.device)
+        self.nano = self._network().to(self.group.device)
         self.rows = {game: self._rows(game) for game in self.stores}
         self.ends = np.cumsum([len(rows) for rows in self.rows.values()])
         self.about = {"data": self._tag()}
+        if cfg.init:
+            self.about["from"] = self._value_tag("")
+        players = [s.take("info_valid", s.starts).sum(1).mean() for s in self.stores.values()]
+        self.chances = None if cfg.balance == "games" else np.array(players) / sum(players)
+
+    def _network(self) -> PartyNano:
+        """A fresh one, or that of ``init``, checked against data and settings."""
+        cfg, config = self.cfg, self._config()
+        if not cfg.init:
+            return party_nano.fresh(config, cfg.seed)
+        made = party_nano.load_party(cfg.init)
+        old = replace(made.cfg.dynamics, window=config.dynamics.window)
+        wrong = {k: (a, b) for k, a, b in (
+            ("games", made.cfg.games, config.games), ("codec", made.cfg.codec, config.codec),
+            ("dynamics", old, config.dynamics)) if a != b}
+        if wrong:
+            raise ConfigError("the world to start from does not fit",
+                              given=f"{cfg.init} with " + ", ".join(
+                                  f"{k} {a}" for k, (a, _) in wrong.items()),
+                              expected=", ".join(f"{k} {b}" for k, (_, b) in wrong.items()),
+                              fix="fit without --init, or with its games and sizes")
+        started = PartyNano(config)
+        started.load_state_dict(made.state_dict())
+        return started.eval()
 
     def _config(self) -> PartyNanoConfig:
         cfg, first = self.cfg, next(iter(self.stores.values()))
@@ -184,7 +131,8 @@ class FitParty(Stages):
         cfg, short = self.cfg, 50 if self.cfg.quick else 10**9
         if cfg.snapshot:
             return self._snapshot(Path(cfg.snapshot))
-        self._codec(min(cfg.codec_iterations, short))
+        if not cfg.init:
+            self._codec(min(cfg.codec_iterations, short))
         self._encode()
         # the heads first, which read recordings only: every snapshot then knows what pays
         self._outcome(min(cfg.outcome_iterations, short))
@@ -241,10 +189,10 @@ class FitParty(Stages):
         self.fit_codec(iterations, sample, lambda data: medians[data["game"]], self._any,
                        np.arange(self.ends[-1]), {"codec": self.nano.cfg.to_json()["codec"]})
 
-    def _value_tag(self) -> str:
-        """Which codec this is."""
+    def _value_tag(self, part: str = "codec") -> str:
+        """Which codec this is, or which world; and which recordings."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.nano.codec.state_dict().items()):
+        for name, tensor in sorted(self.nano.get_submodule(part).state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         return f"{digest.hexdigest()[:16]}-{self.about['data']}"
 
@@ -259,6 +207,7 @@ class FitParty(Stages):
     def _sampler(self, frames: int, batch: int, eventful: float = 0.0) -> PartySampler:
         return PartySampler(self.stores, self.train_ids, frames, batch, self.cfg.seed,
                             with_frames=False, extra=self.extra, eventful=eventful,
+                            chances=self.chances,
                             rank=self.group.rank, world_size=self.group.size)
 
     def _batch(self, data: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -286,6 +235,7 @@ class FitParty(Stages):
                               (group.rank, group.size), group.average)
 
         about = {"batch": cfg.batch, "clip": cfg.clip, "video": video, "alone": alone,
+                 "balance": cfg.balance,
                  "loss": asdict(how), "latents": self.latent_tag,
                  "dynamics": json.dumps(self.nano.cfg.dynamics.to_json(), sort_keys=True)}
         loop = self.loop("dynamics", iterations, about, lr=cfg.dynamics_lr, decay=0.3, warmup=200,
@@ -309,7 +259,7 @@ class FitParty(Stages):
 
         loop = self.loop("outcome", iterations,
                          {"latents": self.latent_tag, "head": json.dumps(asdict(head.cfg)),
-                          "eventful": EVENTFUL},
+                          "eventful": EVENTFUL, "balance": cfg.balance},
                          lr=1e-3, decay=0.5, weight_decay=0.1)
         loop.run(sampler, loss, cfg.tensorboard)
         self.finish(loop)
@@ -322,7 +272,8 @@ class FitParty(Stages):
             raise ConfigError("nothing to take a snapshot of", given=str(self.work),
                               expected="the folder of a run whose dynamics train",
                               fix="train first: the same command without --snapshot")
-        self.normalise(self._any, np.arange(self.ends[-1]))
+        if not cfg.init:
+            self.normalise(self._any, np.arange(self.ends[-1]))
         early = done["dynamics"] <= int(cfg.alone_share * cfg.dynamics_iterations)
         window = 1 if early else min(cfg.play_window, cfg.window)
         # untrained heads end half of the players in every step

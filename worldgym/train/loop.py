@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class LoopConfig:
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
+    compile: bool = False  # fuse the network's operations; the first iterations take minutes
 
 
 def learning_rate(cfg: LoopConfig, i: int) -> float:
@@ -99,12 +101,16 @@ class Loop:
         self.group = group or Group()
         self.module = copy.deepcopy(module) if self.group.shard else module
         self.wrapped = self.group.wrap(self.module)
+        self.model: Any = self.wrapped
+        if cfg.compile:
+            self.model = torch.compile(self.wrapped, dynamic=False)
         self.optimizers = optimizers(self.wrapped, cfg, self.group.shard)
         self.ema = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
         self.iteration, self.seconds = 0, 0.0
         self.path = self.folder / f"{name}.ckpt"
         self.history: list[dict] = []
         self.about = {**asdict(cfg), **dict(about or {}), "shard": self.group.shard}
+        del self.about["compile"]  # the same up to rounding
         self._sums: dict[str, float] = {}
         self._stop = False
 
@@ -177,7 +183,7 @@ class Loop:
             optimizer.zero_grad(set_to_none=True)
             for g in optimizer.param_groups:
                 g["lr"] = learning_rate(self.cfg, self.iteration)
-        value, logs = loss(self.wrapped, sample(self.iteration), generator)
+        value, logs = loss(self.model, sample(self.iteration), generator)
         value.backward()
         norm = float(whole(nn.utils.clip_grad_norm_(self.wrapped.parameters(), self.cfg.clip)))
         if not math.isfinite(norm):

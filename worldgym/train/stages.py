@@ -41,6 +41,7 @@ class Stages:
     def loop(self, name: str, iterations: int, about: dict, **changes: Any) -> Loop:
         """The training loop of one part."""
         cfg = LoopConfig(iterations=iterations, seed=self.cfg.seed,
+                         compile=name == "dynamics" and getattr(self.cfg, "compile", False),
                          **{"save_every": max(1, min(200, iterations // 4)), **changes})
         return Loop(name, getattr(self.nano, name), cfg, self.work, self.group, self.about | about)
 
