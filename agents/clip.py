@@ -34,7 +34,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class Request:
     """What a film is made from; equal requests make equal films on one machine.
 
-    ``image`` and ``actions`` are SHA-256 of the files.
+    ``image`` and ``actions`` are SHA-256 of the files; ``model`` tells the network's layout and the
+    stamp of all weights.
     """
 
     model: str
@@ -129,20 +130,22 @@ class ClipMaker:
         self.folder, self.prompt, self.negative, self.sampler = folder, prompt, negative, sampler
         self.height, self.width, self.frames, self.rounding = height, width, frames, rounding
         self.seed, self.device, self.dtype, self.say = seed, device, dtype, say
+        self.model = f"{layout_fingerprint(folder.network.shapes)} {folder.stamp()}"
         self._loaded: tuple[Any, Any, Prompt] | None = None
 
     def plan(self, job: Job) -> tuple[Request, ClipSize, Gamepad]:
         """What a job asks for, with every rule checked before anything is loaded."""
         rows = read_parquet(job.actions)
+        read_image(job.image)
         size = ClipSize.fitting(self.height, self.width, self.frames or len(rows),
                                 "down" if self.rounding else None)
         pad = rows.fit(size.frames, pad=self.rounding).check_range()
         s = self.sampler
         request = Request(
-            model=layout_fingerprint(self.folder.network.shapes), image=_sha(job.image),
-            actions=_sha(job.actions), prompt=self.prompt, negative=self.negative,
-            height=size.height, width=size.width, frames=size.frames, steps=s.steps, shift=s.shift,
-            guidance=s.guidance, seed=self.seed, dtype=self.dtype)
+            model=self.model, image=_sha(job.image), actions=_sha(job.actions),
+            prompt=self.prompt, negative=self.negative, height=size.height, width=size.width,
+            frames=size.frames, steps=s.steps, shift=s.shift, guidance=s.guidance, seed=self.seed,
+            dtype=self.dtype)
         return request, size, pad
 
     def parts(self) -> tuple[Any, Any, Prompt]:
