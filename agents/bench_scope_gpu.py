@@ -79,7 +79,7 @@ def way(dit: ScopeDiT, name: str, backend: str = "inductor") -> Iterator[None]:
                 plain, dynamic=False, backend=backend)
         yield
     finally:
-        dit.forward = plain  # type: ignore[method-assign]
+        vars(dit).pop("forward", None)
         os.environ.pop("WORLDGYM_FLASH")
         if before is not None:
             os.environ["WORLDGYM_FLASH"] = before
@@ -110,7 +110,7 @@ def _wait(device: torch.device) -> None:
 def measured(dit: ScopeDiT, vae: WanVAE, *, hw: tuple[int, int] = HW, frames: int = FRAMES,
              latents: int = LATENTS, passes: tuple[int, ...] = PASSES, steps: int = 30,
              rounds: int = ROUNDS, say: Callable[[str], None] = print,
-             backend: str = "inductor") -> list[Row]:
+             ways: tuple[str, ...] = WAYS) -> list[Row]:
     """Seconds of a clip and of an environment step by every way that this machine has."""
     rows: list[Row] = []
     device = dit.head.modulation.device
@@ -137,9 +137,9 @@ def measured(dit: ScopeDiT, vae: WanVAE, *, hw: tuple[int, int] = HW, frames: in
         state = world.begin(world.starts(picture[None], context, context), [0])
         return lambda: world.step(state, np.zeros((1, 10), np.float32))[1].latents_BFChw
 
-    for name in WAYS:
+    for name in ways:
         try:
-            with way(dit, name, backend):
+            with way(dit, name):
                 for decode, end in ((False, "_no_decode"), (True, "")):
                     told = "with decoding" if decode else "latents only"
                     add(f"seconds_per_clip_{frames}{end}_{name}", lambda d=decode: clip(d),  # type: ignore[misc]

@@ -183,8 +183,8 @@ def find(path: str | Path) -> ScopeFolder | None:
     path = Path(path)
     names = [INDEX] if (path / INDEX).is_file() else [SINGLE] if (path / SINGLE).is_file() else []
     shards = sorted(path.glob("model-*-of-*.safetensors")) if path.is_dir() else []
+    whole = all((path / file).is_file() for file in FILES.values())
     if not names and not shards:
-        whole = all((path / file).is_file() for file in FILES.values())
         if not whole or any(path.glob("diffusion_pytorch_model*")):
             return None
         return _folder(path, ScopePart("network", path / INDEX, trouble=CheckpointError(
@@ -199,6 +199,8 @@ def find(path: str | Path) -> ScopeFolder | None:
             expected=INDEX, fix="download the index from the same revision"))
     else:
         known = network.shapes or dict.fromkeys(_listed(path / names[0]), ())
+    if not known and whole:  # too damaged to tell
+        return _folder(path, network)
     if not any(n == MARK or ".action_attn." in n for n in known) or (
             network.shapes and not is_scope(network.shapes)):
         return None
