@@ -64,7 +64,7 @@ def ready(device: str = "cuda") -> None:
 
 
 @contextmanager
-def way(dit: ScopeDiT, name: str, backend: str = "inductor") -> Iterator[None]:
+def way(dit: ScopeDiT, name: str, backend: str | Callable = "inductor") -> Iterator[None]:
     """The network by one of ``WAYS``; "compile" takes flash-attn where it is installed."""
     before, plain = os.environ.get("WORLDGYM_FLASH"), dit.forward
     try:

@@ -327,12 +327,13 @@ def test_seconds_on_a_gpu(monkeypatch, capsys):
 def test_a_compiled_pass_is_the_pass():
     from worldgym.agents.bench_scope_gpu import way
 
-    net = bench_scope.tiny()
+    net, graphs = bench_scope.tiny(), []
     given = bench_scope.inputs(net, 2, (4, 4))
     want = bench_scope.our_pass(net, given)
-    with way(net, "compile", backend="eager"):
-        assert "forward" in vars(net)
+    with way(net, "compile", backend=lambda graph, _: graphs.append(graph) or graph.forward):
         torch.testing.assert_close(bench_scope.our_pass(net, given), want, atol=1e-5, rtol=0)
+    products = [n for g in graphs for n in g.graph.nodes if "linear" in str(n.target)]
+    assert len(products) >= 2 * (9 + 6)  # of both blocks: attention, feed-forward, actions
     assert "forward" not in vars(net)
 
 
