@@ -33,7 +33,8 @@ def tolerance(fixture: Fixture) -> tuple[float, float]:
     return (float(numbers[0]) if numbers else DEFAULT_ATOL), 0.0
 
 
-BF16_BOUND = 0.02  # relative RMS; the spec's bound of a pass (section 14)
+BF16_BOUND = 0.02  # relative RMS; the spec's bound of a pass of the network (section 14)
+BF16_CODEC = 2.5  # text encoder and autoencoder: so many times that; the spec names no bound
 
 
 def against(fixture: Fixture, name: str, got: Tensor, want: Tensor | None = None,
@@ -140,8 +141,8 @@ def t5(fixture: Fixture) -> Iterator[Check]:
     if "out.raw" in fixture:
         inside = mask.bool()
         yield against(fixture, "out.raw", encoder.raw(ids, mask)[inside],
-                      fixture["out.raw"][inside])
-    yield against(fixture, "out.zeroed", encoder.encode(ids, mask))
+                      fixture["out.raw"][inside], BF16_CODEC)
+    yield against(fixture, "out.zeroed", encoder.encode(ids, mask), passes=BF16_CODEC)
 
 
 def vae(fixture: Fixture) -> Iterator[Check]:
@@ -153,7 +154,8 @@ def vae(fixture: Fixture) -> Iterator[Check]:
                         std=fixture.meta.get("latent_std", STD))
     for name, frames in (("out.latent", None), ("out.latent_first_frame", 1)):
         if name in fixture:
-            yield against(fixture, name, model.encode(fixture["in.video"][:, :, :frames]))
+            video = fixture["in.video"][:, :, :frames]
+            yield against(fixture, name, model.encode(video), passes=BF16_CODEC)
     if "in.latent" in fixture:
         whole, state, pieces = model.decode(fixture["in.latent"]), None, []
         for frame in fixture["in.latent"].split(1, 2):
@@ -162,7 +164,7 @@ def vae(fixture: Fixture) -> Iterator[Check]:
         yield Check("frame by frame", torch.cat(pieces, 2), whole, (0.0, 0.0))
         for name, got in (("out.video_unclamped", whole), ("out.video", whole.clamp(-1, 1))):
             if name in fixture:
-                yield against(fixture, name, got)
+                yield against(fixture, name, got, passes=BF16_CODEC)
     elif "out.video_unclamped" in fixture or "out.video" in fixture:
         raise FixtureError("video without in.latent")
 

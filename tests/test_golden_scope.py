@@ -125,7 +125,7 @@ def edit(path, change):
 
 
 @pytest.mark.parametrize("name,change,words", [
-    ("dit_other_io.json", lambda d: d["config"].update(num_heads=6), "out.full"),
+    ("dit_other_io.json", lambda d: d["config"].update(num_heads=6), "rope3d"),
     ("dit_other_io.json", lambda d: d["config"]["action_config"].update(windows_size=1), "shape"),
     ("dit_other_io.json", lambda d: d["config"].update(num_layers=2), "extra tensor"),
     ("dit_other_io.safetensors", lambda d: d["out.full_bf16"].mul_(1.1), "relative RMS"),
@@ -179,6 +179,7 @@ def put(folder, name, meta, tensors, weights=None):
 def test_other_text_encoders_and_autoencoders(tmp_path, dtype):
     rng = torch.Generator().manual_seed(0)
     held = layout.t5_tensors(dim=12, heads=3, layers=3, vocab=40, inner=24, ffn=20)
+    held = {k: v if "norm" in k else 0.5 * v for k, v in held.items()}  # a softer attention
     net = TextEncoder.load(held, dtype=torch.float64)
     ids = torch.randint(2, 40, (3, 9), generator=rng)
     mask = (torch.arange(9) < torch.tensor([9, 4, 1])[:, None]).long()

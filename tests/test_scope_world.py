@@ -324,17 +324,23 @@ def test_seconds_on_a_gpu(monkeypatch, capsys):
     assert said[-1].startswith("flash was not measured: flash-attn cannot be used")
 
 
-def test_a_compiled_pass_is_the_pass():
+def test_a_compiled_pass_is_the_pass(monkeypatch):
+    """The whole network is one graph, with the rotation that a GPU takes."""
     from worldgym.agents.bench_scope_gpu import way
+    from worldgym.models import action_module, wan
+
+    def turned(x, table):
+        return x * table[0] + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * table[1]
 
     net, graphs = bench_scope.tiny(), []
     given = bench_scope.inputs(net, 2, (4, 4))
     want = bench_scope.our_pass(net, given)
+    for module in (wan, action_module):
+        monkeypatch.setattr(module, "rotate", turned)
     with way(net, "compile", backend=lambda graph, _: graphs.append(graph) or graph.forward):
         torch.testing.assert_close(bench_scope.our_pass(net, given), want, atol=1e-5, rtol=0)
-    products = [n for g in graphs for n in g.graph.nodes if "linear" in str(n.target)]
-    assert len(products) >= 2 * (9 + 6)  # of both blocks: attention, feed-forward, actions
-    assert "forward" not in vars(net)
+    products = [n for n in graphs[0].graph.nodes if "linear" in str(n.target)]
+    assert len(graphs) == 1 and len(products) == 37 and "forward" not in vars(net)
 
 
 def test_counters_count():
