@@ -6,6 +6,7 @@ is not made again, and a clip that was interrupted goes on after its last finish
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Callable
@@ -195,7 +196,9 @@ class ClipMaker:
         job.facts.unlink(missing_ok=True)  # they vouch for a whole film
         write(job.out, list(frames), FPS)
         atomic_bytes(job.facts, json.dumps(asdict(request), indent=1).encode())
-        job.part.unlink(missing_ok=True)
+        # and what runs that were killed while they wrote it left
+        for left in (job.part, *job.part.parent.glob(f".{glob.escape(job.part.name)}.*.tmp")):
+            left.unlink(missing_ok=True)
         return job.out
 
     def _begun(self, job: Job, request: Request) -> tuple[int, torch.Tensor] | None:

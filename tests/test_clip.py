@@ -105,7 +105,9 @@ def test_an_interrupted_clip_goes_on(model, place, capsys, monkeypatch):
     calls.clear()
     (place / "out" / "a.mp4").unlink()
     assert cli.main(argv) == 130
+    (place / "out" / "..a.part.safetensors.77.tmp").touch()  # of a run killed while it wrote
     assert cli.main(argv) == 0
+    assert sorted(p.name for p in (place / "out").iterdir()) == ["a.json", "a.mp4"]
     out = capsys.readouterr().out
     assert "going on after step 1" in out and len(calls) == 8  # 3 done, 1 failed, then 4 more
     assert np.array_equal(finals[0], finals[-1])
