@@ -30,7 +30,8 @@ KINDS = {"published": {}, "facing": dict(subjects=dict(facing=True)),
          "no MSA, frame-wise MCA, no RoPE": dict(subjects=dict(msa=False, mca="frame",
                                                               rope_sa=False)),
          "no MCA": dict(subjects=dict(mca="none")), "pooled": dict(subjects=dict(pooled=True)),
-         "guided, UniPC": dict(guidance=2.0, solver_steps=3), "sink": dict(sink=1), "tiles": dict(tiles=12)}
+         "guided, UniPC": dict(guidance=2.0, solver_steps=3), "sink": dict(sink=1),
+         "tiles": dict(tiles=12)}
 
 
 @pytest.fixture(scope="module")
