@@ -258,7 +258,8 @@ class PartyWorld(World):
         states = torch.where(state.extra["valid"][..., None], states, 0)
         drawn = video[:, :1].contiguous()
         if self.book is not None:
-            drawn = self.book(drawn[:, 0], state.extra["game"])[:, None]
+            drawn = self.book(drawn[:, 0], state.history_BKChw[:, -1],
+                              state.extra["game"])[:, None]
         return drawn, state.extra | {
             "subjects": torch.cat([state.extra["subjects"][:, 1:], states[:, None]], 1),
             "controls": torch.cat([state.extra["controls"][:, 1:], action_BA.long()[:, None]], 1)}

@@ -156,14 +156,18 @@ class FitParty(Stages):
         return made.eval()
 
     def _book(self) -> CellBook:
-        """The tiles of some training frames of every game."""
+        """The tiles of some training frames of every game, and of the frames after them."""
         count, games = self.cfg.book_frames, self.nano.cfg.games
         if not count:
             return CellBook(self.nano.cfg.codec.channels, 0, len(games))
         rng = np.random.default_rng((self.cfg.seed, 4))
-        return CellBook.of(self.nano.codec, [
-            self._read(game, np.sort(rng.choice(rows, min(count, len(rows)), False)))
-            for game, rows in self.rows.items()])
+        pairs = []
+        for game, rows in self.rows.items():
+            rows = rows[:-1][np.diff(rows) == 1]
+            rows = rows[~np.isin(rows + 1, self.stores[game].starts)]  # another episode's first
+            rows = np.sort(rng.choice(rows, min(count, len(rows)), False))
+            pairs.append(np.stack([self._read(game, rows + i) for i in range(2)], 1))
+        return CellBook.of(self.nano.codec, pairs)
 
     def _read(self, game: str, rows: np.ndarray) -> np.ndarray:
         return self.view(self.stores[game].take("frames", rows))
