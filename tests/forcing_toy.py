@@ -40,9 +40,9 @@ def poses(ahead):
 
 
 def clips(rng, count, past, after=CHUNKS, forgets=False):
-    """Clips of ``past`` chunks and ``after`` more, all with the same views, and their things (B, 3).
+    """Clips of ``past`` chunks and ``after`` more, their things (B, 3), which chunks look ahead.
 
-    ``forgets``: a world that shows another thing in every chunk.
+    All clips have the same views. ``forgets``: a world that shows another thing in every chunk.
     """
     ahead = np.zeros(past + after, bool)
     ahead[0], ahead[past], ahead[past + 1:] = True, True, rng.random(after - 1) < 0.6
