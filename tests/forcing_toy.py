@@ -22,6 +22,7 @@ CFG = WanConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim
 SIZES = {"total": 8, "temporal": 4, "scoring": Scoring(points=500, radius=3.0)}
 MEMORY, RECENT = Reconstituted(**SIZES), Recent(**SIZES)
 CHUNKS = 2  # of a rollout
+STEPS = (1000.0, 937.5, 833.3333, 625.0)
 SPREAD = 0.2  # of the noise in every frame
 
 

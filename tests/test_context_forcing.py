@@ -157,7 +157,7 @@ def test_noise_levels_of_chunks_and_of_context_chunks():
 def test_sequences_are_a_beginning_or_a_retrieved_context_and_its_chunk():
     rng, w2c = np.random.default_rng(0), toy.poses(np.array([1, 0, 0, 0, 1, 0, 1, 1, 0, 1]) > 0)
     kinds, starts = [], set()
-    for _ in range(400):
+    for _ in range(200):
         frames, memory = causal_sequence(toy.MEMORY, w2c, None, rng)
         kinds.append(memory)
         assert len(frames) == 12
@@ -167,7 +167,7 @@ def test_sequences_are_a_beginning_or_a_retrieved_context_and_its_chunk():
             starts.add(start)
         else:
             assert frames.tolist() == list(range(12))
-    assert 0.74 < np.mean(kinds) < 0.86 and starts == set(range(12, 40, 4))
+    assert 0.72 < np.mean(kinds) < 0.88 and starts == set(range(12, 40, 4))
     with pytest.raises(DatasetError, match="too short"):
         causal_sequence(toy.MEMORY, w2c[:8], None, rng)
 

@@ -129,12 +129,12 @@ def encode(dit: WorldPlayDiT, past: Frames, here_B44: Tensor, t: float = CONTEXT
            plain: bool = False) -> Context | None:
     """Context that frames seen from ``here`` shall see, as while stepping; None without frames.
 
-    ``plain``: positions are the true frame numbers instead of ranks.
+    No gradient reaches the past latents. ``plain``: positions are the true frame numbers instead of ranks.
     """
     if not past.labels_BF.shape[1]:
         return None
     return dit.context(
-        past.latents_BFChw.transpose(1, 2), past.text_BLD, labels_BF=past.labels_BF,
+        past.latents_BFChw.detach().transpose(1, 2), past.text_BLD, labels_BF=past.labels_BF,
         cameras=past.cameras.seen_from(here_B44), t=t,
         **({"frame_index_BF": past.number_BF} if plain else {}))
 
