@@ -200,6 +200,20 @@ def test_the_loss_is_the_mean_over_what_counts_and_chunks_see_no_later_one():
         flow_of(dit, noisy, t.float(), clip, 0, sees_FF=sees[:8, :8])
 
 
+def test_some_clips_are_trained_without_their_text():
+    cfg, seen = replace(toy.CFG, text_dim=8, text_len=4), []
+    clip, dit = scene(past=1, count=8)[0], lively(0, cfg)
+    text, empty = torch.randn(8, 4, 8, generator=generator(7)), torch.full((4, 8), 0.5)
+    dit.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    for share in (0.0, 0.5):
+        causal_loss(dit, replace(clip, text_BLD=text), torch.zeros(8, dtype=torch.bool),
+                    drawer(8, generator(5), (0, 1), CPU), cfg=CausalConfig(drop=share),
+                    empty_LD=empty)
+    gone = (seen[1] == empty).all(2).all(1)
+    assert torch.equal(seen[0], text) and 0 < int(gone.sum()) < 8
+    assert torch.equal(seen[1][~gone], text[~gone])
+
+
 def test_the_causal_forward_is_the_cached_one_for_one_context_chunk_only():
     """With more, the published context pass lets context chunks see later ones."""
     clip, dit = scene(past=1, count=2)[0], lively()
@@ -533,6 +547,6 @@ def test_wrong_networks_and_clips_have_named_errors():
         Window.choose(toy.MEMORY, clip.cameras.w2c_BF44.numpy(), 20, 2)
     with pytest.raises(ShapeError, match="do not fit"):
         Frames.of(clip.latents_BFChw, clip.cameras.w2c_BF44.numpy()[:, :4], clip.labels_BF.numpy())
-    for wrong in ({"memory": 2.0}, {"rows": (984, 500)}, {"lengths": ()}):
+    for wrong in ({"memory": 2.0}, {"rows": (984, 500)}, {"lengths": ()}, {"drop": 1.0}):
         with pytest.raises(ConfigError, match="chunk-causal"):
             CausalConfig(**wrong)

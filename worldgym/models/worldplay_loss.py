@@ -43,7 +43,7 @@ class CausalConfig:
     ``memory``: share of sequences that are retrieved frames and one chunk; ``shift``: of the
     chunks' timesteps; ``rows``: of the falling timestep table, between which those of context
     chunks lie (timesteps 500 to 16); ``lengths``: see ``LENGTHS``; ``skip``: gradient norm from
-    which on an update is left out.
+    which on an update is left out; ``drop``: share of clips trained without their text.
     """
 
     memory: float = 0.8
@@ -51,14 +51,17 @@ class CausalConfig:
     rows: tuple[int, int] = (500, 984)
     lengths: tuple[tuple[int, int], ...] = LENGTHS
     skip: float = 10.0
+    drop: float = 0.1
 
     def __post_init__(self) -> None:
-        if not (0 <= self.memory <= 1 and 0 <= self.rows[0] <= self.rows[1] < 1000
+        low, high = self.rows
+        if not (0 <= self.memory <= 1 and 0 <= self.drop < 1 and 0 <= low <= high < 1000
                 and self.lengths and self.lengths[0][0] == 0 and self.skip > 0):
             raise ConfigError(
                 "impossible chunk-causal training", given=f"memory {self.memory}, rows {self.rows}"
-                f", lengths {self.lengths}, skip {self.skip}", expected="a share, rows of 0..999 "
-                "ascending, lengths from iteration 0 on, skip above 0", fix="leave them out")
+                f", lengths {self.lengths}, skip {self.skip}, drop {self.drop}",
+                expected="shares, ascending rows of 0..999, lengths from iteration 0 on, skip > 0",
+                fix="leave them out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,8 @@ def encode(dit: WorldPlayDiT, past: Frames, here_B44: Tensor, t: float = CONTEXT
            plain: bool = False) -> Context | None:
     """Context that frames seen from ``here`` shall see, as while stepping; None without frames.
 
-    No gradient reaches the past latents. ``plain``: positions are the true frame numbers instead of ranks.
+    No gradient reaches the past latents. ``plain``: positions are the true frame numbers instead of
+    ranks.
     """
     if not past.labels_BF.shape[1]:
         return None
@@ -220,18 +224,22 @@ def _causal_mask(frames: int, chunk: int) -> Tensor:
 
 
 def causal_loss(dit: WorldPlayDiT, clip_BW: Frames, memory_B: Tensor, draw: Draw, chunk: int = 4,
-                cfg: CausalConfig = CausalConfig(), plain: bool = False
-                ) -> tuple[Tensor, dict[str, float]]:
+                cfg: CausalConfig = CausalConfig(), plain: bool = False,
+                empty_LD: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
     """Flow-matching loss of sequences whose chunks see those before them, as noisy as they are.
 
     Args:
         clip_BW: frames as ``causal_sequence`` chose them. memory_B: which are memory samples, of
             which the last chunk alone counts.
+        empty_LD: the text of no prompt, which some clips get instead of theirs (``cfg.drop``).
     """
     x = clip_BW.latents_BFChw
     t, counts = causal_times(draw, memory_B, x.shape[1], chunk, cfg)
     noise = draw(torch.randn, *x.shape[1:])
     noisy = add_noise(x, noise, (t / 1000).to(x))
+    if clip_BW.text_BLD is not None and empty_LD is not None:
+        gone = draw(torch.rand, 1, 1) < cfg.drop
+        clip_BW = replace(clip_BW, text_BLD=torch.where(gone, empty_LD, clip_BW.text_BLD))
     flow = flow_of(dit, noisy, t.to(x), clip_BW, 0, plain=plain,
                    sees_FF=_causal_mask(x.shape[1], chunk))
     error = ((flow - (noise - x)) ** 2).mean((2, 3, 4))

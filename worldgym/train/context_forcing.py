@@ -184,6 +184,7 @@ class ContextForcing:
         """What the student makes (B, N, C, h, w), chunk by chunk.
 
         The past before ``window.start`` is the clip's own; what the clip shows later is not read.
+        Contexts are encoded without gradient, as Self-Forcing fills its cache.
 
         Args:
             passes: denoising passes, 1 to all; the last one's prediction of the clean latents is
@@ -256,7 +257,8 @@ class ContextForcing:
         return drawer(len(clip), generator, (0, 1), clip.latents_BFChw.device)
 
     def _passes(self, generator: torch.Generator) -> int:
-        """How many of the passes are made: of all chunks of a rollout the same number."""
+        """How many of the passes are made: of all chunks of a rollout as many, as in Self-Forcing.
+        """
         return int(torch.randint(1, len(self.sampler) + 1, (1,), generator=generator))
 
     def train(self, sample: Callable[[int, int], tuple[Frames, Window]], folder: str | Path, *,
