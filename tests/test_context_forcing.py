@@ -463,17 +463,19 @@ def test_context_forcing_moves_a_student_to_its_teacher_and_misaligned_context_d
     real = ask(teacher, clip, window, 0)
     floor = energy(real, ask(teacher, clip, window, 1))
     before = energy(play(trained["student"][0], clip, window), real)
-    after, error = {}, {}
+    after, error, loss = {}, {}, {}
     for name, other in (("aligned", None), ("misaligned", toy.RECENT)):
         force, loop = force_student(trained, tmp_path / name, other)
         force.student.load_state_dict(loop.ema)
+        loss[name] = [round(row["loss"], 3) for row in loop.history]
         made = play(force.student, clip, window)
         after[name] = energy(made, real)
         error[name] = float((made[:, :, :4, :3].mean((1, 2)) - torch.from_numpy(thing)
                              ).abs().mean())
-    figures = f"floor {floor:.3f} before {before:.3f} after {after} error {error}"
+    figures = f"floor {floor:.3f} before {before:.3f} after {after} error {error} loss {loss}"
     print(figures)
     assert abs(floor) < 0.1 and before > 3, figures
+    assert loss["aligned"][-1] < 0.75 * loss["aligned"][0], figures
     assert after["aligned"] < 0.35 * before, figures
     assert after["misaligned"] > 2 * after["aligned"], figures
     # whoever is judged without the memory never learns to look there

@@ -152,8 +152,8 @@ class ContextForcing:
     """The two losses of stage three.
 
     Args:
-        student: trained; steps chunk by chunk. teacher: frozen here. critic: the fake score; starts
-            as a copy of the teacher.
+        student: trained; steps chunk by chunk. teacher: bidirectional; frozen here.
+        critic: the fake score; starts as a copy of the teacher.
         cfg: settings. plain: positions are true frame numbers instead of ranks.
         empty_LD: the text of no prompt, for ``cfg.guidance`` above 1.
     """
@@ -161,8 +161,8 @@ class ContextForcing:
     def __init__(self, student: WorldPlayDiT, teacher: WorldPlayDiT, critic: WorldPlayDiT,
                  cfg: ForcingConfig, *, plain: bool = False,
                  empty_LD: Tensor | None = None) -> None:
-        shared = {id(p) for p in student.parameters()} | {id(p) for p in critic.parameters()}
-        if critic is student or any(id(p) in shared for p in teacher.parameters()):
+        weights = [{id(p) for p in d.parameters()} for d in (student, teacher, critic)]
+        if len(set.union(*weights)) < sum(map(len, weights)):
             raise ConfigError("networks share weights", given="student, teacher, critic",
                               expected="three networks of their own",
                               fix="use copy.deepcopy(teacher) as the critic")
@@ -175,7 +175,8 @@ class ContextForcing:
         if len(sizes) > 1:
             raise ConfigError("networks are of different latents", given=sorted(sizes),
                               expected="the same channels", fix="fit both over one codec")
-        self.student, self.critic, self.cfg = student, critic, cfg
+        self.student, self.critic = student.requires_grad_(True), critic.requires_grad_(True)
+        self.cfg = cfg
         self.teacher = teacher.eval().requires_grad_(False)
         self.sampler, self.plain, self.empty_LD = Euler.at(cfg.steps), plain, empty_LD
 
