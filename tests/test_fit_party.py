@@ -320,6 +320,10 @@ def test_a_run_goes_on_from_a_world(whole, data, tmp_path):
         assert 0 < (a - b).norm() < 0.3 * a.norm()
     made = json.loads((tmp_path / "next/world.json").read_text())["provenance"]
     assert made["config"]["init"] == str(whole[0])
+    earlier = json.loads((whole[0] / "world.json").read_text())["provenance"]
+    assert made["started_from"]["command"] == earlier["command"] != made["command"]
+    assert made["started_from"]["training_seconds"] == earlier["training_seconds"]
+    assert "started_from" not in earlier
     with pytest.raises(ConfigError, match="does not fit"):
         fit_run.recorded(settings | {"out": str(tmp_path / "other"), "width": 64})
 

@@ -73,7 +73,7 @@ def distribution(logits_BV: Tensor, how: Sampling,
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Ids (B,) at these uniform numbers in (0, 1) of the cumulative distribution."""
-    total = probabilities_BV.double().cumsum(-1)
-    at = uniform_B[:, None].to(total) * total[:, -1:]
-    return torch.searchsorted(total, at, right=True)[:, 0]
+    """Ids (B,) at these uniform numbers in (0, 1) of the cumulative distribution; B: any shape."""
+    total = probabilities_BV.cumsum(-1, dtype=torch.float64)
+    at = uniform_B[..., None].to(total) * total[..., -1:]
+    return torch.searchsorted(total, at, right=True)[..., 0]

@@ -49,8 +49,8 @@ class Group:
 def sampler(how: Sampling, uniform_BM: Tensor) -> Choose:
     """Draw each token at the uniform number of its slot and position."""
     def choose(logits_BMV: Tensor, low: int, at: slice | Tensor) -> Tensor:
-        chances = distribution(logits_BMV, how).flatten(0, 1)
-        return draw(chances, uniform_BM[:, at].flatten()).view(logits_BMV.shape[:2]) + low
+        ids = draw(distribution(logits_BMV, how), uniform_BM[:, at])
+        return ids + low if low else ids
 
     return choose
 

@@ -27,7 +27,7 @@ from worldgym.models.nano import Nano, NanoConfig
 from worldgym.models.outcome import outcome_loss
 from worldgym.train.distributed import Group
 from worldgym.train.metrics import measure
-from worldgym.train.provenance import command, machine
+from worldgym.train.provenance import command, machine, started_from
 from worldgym.train.stages import CODEC_BATCH, Stages
 
 OUTCOME_BATCH = 128  # transitions
@@ -335,7 +335,8 @@ class Fit(Stages):
             "mean_recorded_return": float(np.mean(returns)),
             "policies": dict(Counter(data.policies)), "training_seconds": self.seconds,
             "processes": self.group.size, "machine": machine(self.group.device),
-            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+            **started_from(cfg.init)}
 
 
 def fit(cfg: FitConfig) -> Path:

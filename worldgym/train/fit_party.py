@@ -31,7 +31,7 @@ from worldgym.models.party_outcome import party_outcome_loss
 from worldgym.train.distributed import Group
 from worldgym.train.fit_party_config import ABLATIONS, FitPartyConfig
 from worldgym.train.metrics_party import measure_party, recorded_states
-from worldgym.train.provenance import command, machine
+from worldgym.train.provenance import command, machine, started_from
 from worldgym.train.stages import CODEC_BATCH, Stages
 
 OUTCOME_BATCH = 128  # transitions
@@ -311,7 +311,8 @@ class FitParty(Stages):
             "env": {k: v.env for k, v in self.stores.items()},
             "training_seconds": self.seconds, "processes": self.group.size,
             "machine": machine(self.group.device), "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d")} | ({"iterations": iterations} if iterations else {})
+            "date": time.strftime("%Y-%m-%d"),
+            **started_from(cfg.init), **({"iterations": iterations} if iterations else {})}
 
 
 def fit_party(cfg: FitPartyConfig) -> Path:

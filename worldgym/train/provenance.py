@@ -1,12 +1,16 @@
 """Where a world comes from: the command that made it, and the machine."""
 
+import json
 import math
 import os
 import shlex
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from worldgym.models.nano import CARD
 
 
 def machine(device: torch.device) -> str:
@@ -30,3 +34,15 @@ def command(cfg: Any, name: str = "worldgym fit") -> str:
             many = value if isinstance(value, tuple) else [value]
             words.append(f"--{flag} " + " ".join(shlex.quote(str(v)) for v in many))
     return " ".join(words)
+
+
+def started_from(init: str | None) -> dict:
+    """What the card of the world that a fit started from says of its making, and so on back."""
+    if not init:
+        return {}
+    try:
+        made = json.loads((Path(init) / CARD).read_text()).get("provenance", {})
+    except (OSError, ValueError):
+        made = {}
+    kept = ("command", "seed", "training_seconds", "machine", "torch", "date", "started_from")
+    return {"started_from": {k: made[k] for k in kept if k in made}}
