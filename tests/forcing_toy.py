@@ -40,13 +40,15 @@ def poses(ahead):
     return camera.inverse(out)
 
 
-def clips(rng, count, past, after=CHUNKS, forgets=False):
+def clips(rng, count, past, after=CHUNKS, forgets=False, always=False):
     """Clips of ``past`` chunks and ``after`` more, their things (B, 3), which chunks look ahead.
 
-    All clips have the same views. ``forgets``: a world that shows another thing in every chunk.
+    All clips have the same views. ``forgets``: a world that shows another thing in every chunk;
+    ``always``: all chunks after the past look ahead.
     """
     ahead = np.zeros(past + after, bool)
-    ahead[0], ahead[past], ahead[past + 1:] = True, True, rng.random(after - 1) < 0.6
+    ahead[0], ahead[past], ahead[past + 1:] = True, True, (
+        always | (rng.random(after - 1) < 0.6))
     thing = rng.normal(size=(count, past + after if forgets else 1, 3))
     thing *= 1.5 / np.linalg.norm(thing, axis=-1, keepdims=True)
     x = np.zeros((count, past + after, 4))

@@ -402,7 +402,7 @@ def trained(tmp_path_factory):
     return out
 
 
-def force_student(trained, folder, teacher=None, iterations=30, **changes):
+def force_student(trained, folder, teacher=None, iterations=40, **changes):
     """Context forcing of the student; ``teacher``: chooses the teacher's context instead."""
     student, judge = (copy.deepcopy(trained[n][0]) for n in ("student", "teacher"))
     force = ContextForcing(student, judge, copy.deepcopy(judge), ForcingConfig(**{
@@ -420,7 +420,7 @@ def force_student(trained, folder, teacher=None, iterations=30, **changes):
 
 def held_out(draws=16):
     """Eight clips that no training saw, each ``draws`` times, and their things."""
-    clip, thing, ahead = toy.clips(np.random.default_rng(99), 8, 4)
+    clip, thing, ahead = toy.clips(np.random.default_rng(99), 8, 4, always=True)
     return clip.rows(np.repeat(np.arange(8), draws)), toy.window(8 * draws, ahead, 4), thing
 
 

@@ -1,6 +1,7 @@
 """Fitting a small WorldPlay: batches with old views, losses that fall, resuming, the whole way to
 an environment and to revisit figures."""
 
+import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -72,8 +73,6 @@ def test_losses_fall_and_gradients_reach_cameras_and_keys(data):
     fit.latents, fit.weights = fit._encode()
     start = {k: v.clone() for k, v in fit.nano.dynamics.state_dict().items()}
     fit._dynamics(60)
-    import json
-
     loss = [json.loads(line)["loss"]
             for line in (fit.work / "dynamics.jsonl").read_text().splitlines()]
     assert len(loss) == 3 and loss[-1] < 0.85 * loss[0], loss
@@ -130,6 +129,9 @@ def test_the_published_stages_make_worlds_over_one_codec(data, folder, monkeypat
                                      for k, v in net.dynamics.state_dict().items())
     state = torch.load(root / "forced" / "training" / "dynamics.ckpt", weights_only=True)
     assert (state["iteration"], state["partner"]["iteration"]) == (4, 8)
+    made = json.loads((root / "forced" / nano.CARD).read_text())["provenance"]
+    assert "--stage causal" in made["started_from"]["command"]
+    assert "--stage teacher" in made["teacher"]["command"]
     env = make(root / "forced")
     env.reset(seed=0)
     assert env.step(1)[0].shape == (40, 48, 3)

@@ -26,6 +26,7 @@ from worldgym.models.worldplay_loss import (
 from worldgym.schedule import chunk_times
 from worldgym.train.context_forcing import ContextForcing, ForcingConfig, Window, history
 from worldgym.train.fit_rooms import FORGETFUL, Clips, FitRooms
+from worldgym.train.provenance import started_from
 
 
 class FitRoomsStage(FitRooms):
@@ -165,6 +166,10 @@ class FitRoomsStage(FitRooms):
         if not self.cfg.init:
             super()._outcome(iterations)
         self.nano.outcome.eval()
+
+    def _provenance(self) -> dict:
+        taught = started_from(self.cfg.teacher).get("started_from")
+        return super()._provenance() | ({"teacher": taught} if self.cfg.teacher else {})
 
 
 def windows(clips: Clips, ids: np.ndarray, count: int, rng: np.random.Generator, past: int,
