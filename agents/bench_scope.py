@@ -260,17 +260,21 @@ Add = Callable[[str, float, str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class _Codec:
-    """FLOPs of the autoencoder for a latent frame, and the bytes that decoding one holds."""
+    """FLOPs of encoding a picture, decoding the first latent frame and a later one; the bytes each
+    moves; the bytes that decoding a later one holds."""
 
-    encode: float
-    first: float
-    later: float
+    work: tuple[int, int, int]
+    moved: tuple[int, int, int]
     peak: float
+
+    def of_step(self, frames: int) -> list[int]:
+        """FLOPs and bytes of decoding a step's frames and encoding the last picture again."""
+        return [e + first + (frames - 1) * later for e, first, later in (self.work, self.moved)]
 
 
 def _passes(add: Add, dit: ScopeDiT, clip: dict[str, Any]) -> float:
     """A network pass over a whole clip in both orders; returns the bytes that ours holds."""
-    size, peak = f"{HW[0]}x{HW[1]}, 81 frames, one clip", 0.0
+    size, peak = f"{HW[0]}x{HW[1]}, 81 frames, one clip", 0
     for name, call in (("", our_pass), ("_published_order", published)):
         add(f"tflop_per_pass{name}", flops(lambda call=call: call(dit, clip)) / 1e12,  # type: ignore[misc]
             "TFLOP", f"{size}; one network pass with actions")
@@ -279,8 +283,8 @@ def _passes(add: Add, dit: ScopeDiT, clip: dict[str, Any]) -> float:
             f"{size}; bytes that operators read and write, each by itself, in bfloat16")
         if not name:
             peak = seen.peak
-    once = flops(lambda: dit.text(clip["context"]))
-    add("tflop_per_prompt", once / 1e12, "TFLOP", "keys and values of a text, once per prompt")
+    add("tflop_per_prompt", flops(lambda: dit.text(clip["context"])) / 1e12, "TFLOP",
+        "keys and values of a text, once per prompt")
     return peak
 
 
@@ -288,36 +292,36 @@ def _codec(add: Add, vae: WanVAE, hw: tuple[int, int]) -> _Codec:
     picture = torch.empty(1, 3, 1, *HW, dtype=torch.bfloat16, device="meta")
     latents = [torch.empty(1, 48, 1, *hw, dtype=torch.bfloat16, device="meta")] * 2
     _, stream = vae.decode_next(latents[0])
-    found = _Codec(flops(lambda: vae.encode(picture)), flops(lambda: vae.decode_next(latents[0])),
-                   flops(lambda: vae.decode_next(latents[1], stream)),
-                   traffic(lambda: vae.decode_next(latents[1], stream)).peak)
-    for name, value in (("encode_picture", found.encode), ("decode_first", found.first),
-                        ("decode_later", found.later)):
-        add(f"tflop_{name}", value / 1e12, "TFLOP", "autoencoder, one latent frame")
-    return found
+    calls = (lambda: vae.encode(picture), lambda: vae.decode_next(latents[0]),
+             lambda: vae.decode_next(latents[1], stream))
+    seen = [traffic(call) for call in calls]
+    work, moved = [flops(call) for call in calls], [t.moved for t in seen]
+    for i, name in enumerate(("encode_picture", "decode_first", "decode_later")):
+        add(f"tflop_{name}", work[i] / 1e12, "TFLOP", "autoencoder, one latent frame")
+        add(f"gb_moved_{name}", moved[i] / 1e9, "GB", "autoencoder, one latent frame, in bfloat16")
+    return _Codec((work[0], work[1], work[2]), (moved[0], moved[1], moved[2]), seen[2].peak)
 
 
 def _env_steps(add: Add, dit: ScopeDiT, hw: tuple[int, int], codec: _Codec) -> None:
     for new in NEW_FRAMES:
         frames = new // 4 + 1
         given = inputs(dit, frames, hw)
-        heard = flops(lambda given=given, frames=frames: dit.controls(  # type: ignore[misc]
-            given["mouse"], given["keyboard"], frames))
-        ours, theirs = (flops(lambda call=call, given=given: call(dit, given))  # type: ignore[misc]
-                        for call in (our_pass, published))
-        each = [traffic(lambda call=call, given=given: call(dit, given)).moved  # type: ignore[misc]
-                for call in (our_pass, published)]
-        pictures = codec.first + (frames - 1) * codec.later + codec.encode
-        for passes in PASSES:
-            note = (f"{new} new frames, {passes} network passes (two per step with guidance), "
-                    "decoding and encoding included")
-            add(f"tflop_per_env_step_{new}_{passes}", (passes * ours + heard + pictures) / 1e12,
-                "TFLOP", note)
-            add(f"tflop_per_env_step_{new}_{passes}_published_order",
-                (passes * theirs + pictures) / 1e12, "TFLOP", note)
-            for name, moved in zip(("", "_published_order"), each, strict=True):
-                add(f"gb_moved_per_env_step_{new}_{passes}{name}", passes * moved / 1e9, "GB",
-                    f"{note.split(', dec')[0]}; network passes alone")
+        def heard(given: dict[str, Any] = given, frames: int = frames) -> None:
+            dit.controls(given["mouse"], given["keyboard"], frames)
+        once = {"": (flops(heard), traffic(heard).moved), "_published_order": (0, 0)}
+        for order, call in (("", our_pass), ("_published_order", published)):
+            def run(call: Callable[..., Tensor] = call, given: dict[str, Any] = given) -> None:
+                call(dit, given)
+
+            each = flops(run), traffic(run).moved
+            for passes in PASSES:
+                note = (f"{new} new frames, {passes} network passes (two per step with guidance), "
+                        "decoding and encoding included")
+                work, moved = (passes * e + o + p for e, o, p in zip(
+                    each, once[order], codec.of_step(frames), strict=True))
+                add(f"tflop_per_env_step_{new}_{passes}{order}", work / 1e12, "TFLOP", note)
+                add(f"gb_moved_per_env_step_{new}_{passes}{order}", moved / 1e9, "GB",
+                    f"{note}; the network passes alone move {passes * each[1] / 1e9:.0f}")
 
 
 def _memory(add: Add, dit: ScopeDiT, vae: WanVAE, clip: dict[str, Any], pass_peak: float,
@@ -325,8 +329,7 @@ def _memory(add: Add, dit: ScopeDiT, vae: WanVAE, clip: dict[str, Any], pass_pea
     codec_bytes = sum(p.numel() * p.element_size() for p in vae.net.parameters())
     text = 2 * sum(x.numel() * x.element_size() for kv in clip["text_kv"] for x in kv)
     for name, away in (("offload", True), ("resident", False)):
-        device, host = resident_bytes(dit, away)
-        work = max(pass_peak, decode_peak)
+        (device, host), work = resident_bytes(dit, away), max(pass_peak, decode_peak)
         note = (f"weights {device / 1e9:.2f} GB, autoencoder {codec_bytes / 1e9:.2f}, two prompts "
                 f"{text / 1e9:.2f}, activations {work / 1e9:.2f} (larger of a pass over 81 frames "
                 f"{pass_peak / 1e9:.2f} and decoding a latent frame {decode_peak / 1e9:.2f}); text "
@@ -387,9 +390,9 @@ def load() -> str:
 
 
 def bench(out: Path | None = None, seconds: float = 5.0) -> list[Row]:
-    """Measure, print, write the results file."""
+    """Measure, print, write the results file; 0 seconds: only count, timed rows stay."""
     torch.set_num_threads(1)
-    rows = counted() + timed(seconds)
+    rows = counted() + (timed(seconds) if seconds else [])
     for row in rows:
         print(f"{row.what:12} {row.metric:44} {row.value:>10.4g} {row.unit}", flush=True)
     print("written:", results.write(out or OUT, rows, extra={"threads": torch.get_num_threads(),

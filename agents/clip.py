@@ -6,6 +6,7 @@ is not made again, and a clip that was interrupted goes on after its last finish
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from worldgym.clip import FPS, ClipSize, Prompt, Sampler, make_latents
 from worldgym.errors import CheckpointError, ConfigError, DatasetError
 from worldgym.extras import need
 from worldgym.gamepad import Gamepad, read_parquet
+from worldgym.models.offload import offload
 from worldgym.models.scope_files import ScopeFolder, layout_fingerprint
 from worldgym.models.wan_vae import to_uint8
 
@@ -34,7 +36,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class Request:
     """What a film is made from; equal requests make equal films on one machine.
 
-    ``image`` and ``actions`` are SHA-256 of the files.
+    ``image`` and ``actions`` are SHA-256 of the files; ``model`` tells the network's layout and the
+    stamp of all weights.
     """
 
     model: str
@@ -48,6 +51,8 @@ class Request:
     steps: int
     shift: float
     guidance: float
+    solver: str
+    together: bool
     seed: int
     dtype: str
 
@@ -117,32 +122,37 @@ class ClipMaker:
         sampler: how to denoise.
         size: height and width; ``frames`` None = as many as the action file has rows.
         rounding: accept impossible sizes and lengths and round them as the published command does.
+        offloaded: blocks of the network rest in host memory.
         say: receives progress lines.
     """
 
     def __init__(self, folder: ScopeFolder, prompt: str, negative: str, sampler: Sampler, *,
                  height: int, width: int, frames: int | None, rounding: bool, seed: int,
-                 device: str, dtype: str, say: Callable[[str], None] = print) -> None:
+                 device: str, dtype: str, offloaded: bool = False,
+                 say: Callable[[str], None] = print) -> None:
         if dtype not in DTYPES:
             raise ConfigError("unknown precision", given=dtype, expected=f"one of {[*DTYPES]}",
                               fix="use bfloat16, as published")
         self.folder, self.prompt, self.negative, self.sampler = folder, prompt, negative, sampler
         self.height, self.width, self.frames, self.rounding = height, width, frames, rounding
         self.seed, self.device, self.dtype, self.say = seed, device, dtype, say
+        self.offloaded = offloaded
+        self.model = f"{layout_fingerprint(folder.network.shapes)} {folder.stamp()}"
         self._loaded: tuple[Any, Any, Prompt] | None = None
 
     def plan(self, job: Job) -> tuple[Request, ClipSize, Gamepad]:
         """What a job asks for, with every rule checked before anything is loaded."""
         rows = read_parquet(job.actions)
+        read_image(job.image)
         size = ClipSize.fitting(self.height, self.width, self.frames or len(rows),
                                 "down" if self.rounding else None)
         pad = rows.fit(size.frames, pad=self.rounding).check_range()
         s = self.sampler
         request = Request(
-            model=layout_fingerprint(self.folder.network.shapes), image=_sha(job.image),
-            actions=_sha(job.actions), prompt=self.prompt, negative=self.negative,
-            height=size.height, width=size.width, frames=size.frames, steps=s.steps, shift=s.shift,
-            guidance=s.guidance, seed=self.seed, dtype=self.dtype)
+            model=self.model, image=_sha(job.image), actions=_sha(job.actions),
+            prompt=self.prompt, negative=self.negative, height=size.height, width=size.width,
+            frames=size.frames, steps=s.steps, shift=s.shift, guidance=s.guidance,
+            solver=s.solver, together=s.together, seed=self.seed, dtype=self.dtype)
         return request, size, pad
 
     def parts(self) -> tuple[Any, Any, Prompt]:
@@ -155,7 +165,11 @@ class ClipMaker:
             prompt = Prompt(contexts[:1], contexts[1:] if len(texts) > 1 else None)
             self.say("loading autoencoder and network")
             vae = self.folder.load_autoencoder(**where)
-            self._loaded = self.folder.load_network(**where), vae, prompt
+            if self.offloaded:
+                dit = offload(self.folder.load_network(**where | {"device": "cpu"}), self.device)
+            else:
+                dit = self.folder.load_network(**where)
+            self._loaded = dit, vae, prompt
         return self._loaded
 
     def make(self, job: Job) -> Path:
@@ -179,14 +193,17 @@ class ClipMaker:
             sampler=self.sampler, start=start, watch=watch)
         self.say(f"{job.out.name}: decoding")
         frames = to_uint8(vae.decode(latents))[0].cpu().numpy()
+        job.facts.unlink(missing_ok=True)  # they vouch for a whole film
         write(job.out, list(frames), FPS)
         atomic_bytes(job.facts, json.dumps(asdict(request), indent=1).encode())
-        job.part.unlink(missing_ok=True)
+        # and what runs that were killed while they wrote it left
+        for left in (job.part, *job.part.parent.glob(f".{glob.escape(job.part.name)}.*.tmp")):
+            left.unlink(missing_ok=True)
         return job.out
 
     def _begun(self, job: Job, request: Request) -> tuple[int, torch.Tensor] | None:
         """Where an interrupted clip of the same request stopped."""
-        if not job.part.is_file():
+        if not job.part.is_file() or request.solver != "euler":  # unipc remembers more than that
             return None
         try:
             tensors, told = checkpoint.load_tensors(job.part)

@@ -21,7 +21,8 @@ class Bench:
         out: results file to write; nothing is written without it (but for scope, party and
             worldplay: results/scope_bench.json and so on).
         slots: dreams in parallel.
-        seconds: time per speed measurement.
+        seconds: time per speed measurement; for scope 0 only counts and keeps the measured times.
+        gpu: scope: seconds at its real size on a GPU, random weights (results/scope_gpu.json).
         long: steps of the constancy measurement.
     """
 
@@ -30,11 +31,20 @@ class Bench:
     slots: int = 64
     seconds: float = 10.0
     long: int = 2000
+    gpu: bool = False
 
     def run(self) -> None:
         """Measure."""
         from worldgym.agents.bench import bench
 
+        if self.gpu and self.world != "scope":
+            raise ConfigError("nothing to measure on a GPU", given=self.world, expected="scope",
+                              fix="worldgym bench scope --gpu")
+        if self.gpu:
+            from worldgym.agents import bench_scope_gpu
+
+            bench_scope_gpu.bench(self.out)
+            return
         if self.world == "scope":
             from worldgym.agents import bench_scope
 

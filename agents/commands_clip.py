@@ -23,6 +23,10 @@ class Clip:
         steps: denoising steps.
         shift: of the schedule towards noise.
         guidance: weight of the prompt; 1 makes it twice as fast.
+        solver: euler, as published, or unipc, which needs fewer steps (and begins anew when it was
+            interrupted).
+        together: both passes of guidance as one batch: faster where one does not fill the GPU.
+        offload: blocks of the network rest in host memory and visit the GPU one by one; fits 24 GB.
         seed: of the starting noise.
         round: round impossible sizes and lengths, and repeat or cut action rows, instead of erring.
         device: cuda or cpu; default: cuda where there is one.
@@ -41,6 +45,9 @@ class Clip:
     steps: int = 30
     shift: float = 5.0
     guidance: float = 5.0
+    solver: str = "euler"
+    together: bool = False
+    offload: bool = False
     seed: int = 0
     round: bool = False
     device: str | None = None
@@ -55,12 +62,14 @@ class Clip:
         from worldgym.models.scope_files import open_folder
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        sampler = Sampler(steps=self.steps, shift=self.shift, guidance=self.guidance)
+        sampler = Sampler(steps=self.steps, shift=self.shift, guidance=self.guidance,
+                          solver=self.solver, together=self.together)
         negative = NEGATIVE_PROMPT if self.negative is None else self.negative
         todo = jobs(self.image, self.actions, self.out)
         maker = ClipMaker(open_folder(self.model), self.prompt, negative, sampler,
                           height=self.height, width=self.width, frames=self.frames,
-                          rounding=self.round, seed=self.seed, device=device, dtype=self.dtype)
+                          rounding=self.round, seed=self.seed, device=device, dtype=self.dtype,
+                          offloaded=self.offload)
         for job in todo:
             maker.plan(job)  # every mistake before the first minute of work
         for job in todo:

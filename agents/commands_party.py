@@ -92,6 +92,8 @@ class FitParty:
         patch: cells of a side that share a token.
         ablation: no-msa, no-mca or pooled: a network to compare with, without what binds actions.
         window: frames the model sees.
+        steps: denoising timesteps of a step.
+        book_frames: frames of each game whose tiles drawn cells are replaced by; 0: none.
         starts: start states to keep of each game.
         horizon: steps of a dreamt episode.
         quick: fifty iterations of each part, to try the machinery.
@@ -119,6 +121,8 @@ class FitParty:
     patch: int | None = None
     ablation: str | None = None
     window: int | None = None
+    steps: tuple[float, ...] | None = None
+    book_frames: int | None = None
     starts: int | None = None
     horizon: int | None = None
     quick: bool = False

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 
 import torch
 from golden import Check, Fixture, FixtureError
-from golden_scope import config_of, model_of, tolerance, weights_of
+from golden_scope import against, config_of, model_of, tolerance, weights_of
 from torch import Tensor
 
 from worldgym.models.action_module import windows
 from worldgym.models.scope import ScopeDiT, frame_times
 from worldgym.rope import rotate
 
-BF16_BOUND = 0.02  # relative RMS; the spec's bound (section 14)
 USES = {"full": ("mouse", "keyboard"), "scalar_timestep": ("mouse", "keyboard"),
         "mouse_only": ("mouse",), "keyboard_only": ("keyboard",), "no_action": ()}
 
@@ -30,7 +29,8 @@ class Case:
         if not found or found[2] not in USES:
             raise FixtureError(f"output without a rule: {name}")
         self.inputs, self.use = f"in{found[1]}.", found[2]
-        self.dtype = torch.bfloat16 if found[3] else torch.float32
+        bf16 = found[3] or fixture[name].dtype is torch.bfloat16
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.fixture = fixture
 
     def tensor(self, name: str) -> Tensor:
@@ -73,28 +73,16 @@ def dit(fixture: Fixture) -> Iterator[Check]:
             watch = stages is not None and name == "out.full"
             if watch:
                 stages.listen()
-            got, want = case.run(model), fixture[name]
+            got = case.run(model)
             if watch:
                 yield from stages.checks(case, limit)
-            if dtype is torch.float32:
-                yield Check(name, got, want, limit)
-            else:
-                yield _relative(name, got, want)
+            yield against(fixture, name, got)
     if special[0] in fixture:
         t = fixture["in.timestep"].bfloat16()
         yield Check(special[0], t, fixture[special[0]], (0.0, 0.0))
         if special[1] in fixture:
             wave = _sinusoid(model_of(weights, cfg, torch.bfloat16), t)
             yield Check(special[1], wave, fixture[special[1]], (0.0, 0.0))
-
-
-def _relative(name: str, got: Tensor, want: Tensor) -> Check:
-    """Relative RMS error of a bfloat16 run, as one number against 0."""
-    if got.shape != want.shape:
-        return Check(name, got, want)
-    got, want = got.double(), want.double()
-    rms = ((got - want).norm() / want.norm()).reshape(1)
-    return Check(f"{name} (relative RMS)", rms, torch.zeros(1), (BF16_BOUND, 0.0))
 
 
 def _sinusoid(model: ScopeDiT, t: Tensor) -> Tensor:

@@ -67,6 +67,21 @@ def test_a_folder_of_images_and_again(model, place, capsys):
     assert "step 1 of 2" in capsys.readouterr().out
 
 
+def test_a_film_of_other_weights_is_made_anew(model, place, capsys, tmp_path_factory):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(model, other)
+    assert cli.main([*command(model, place), "--steps", "1"]) == 0
+    for shard in other.glob("model-*"):
+        save_file({k: -v.clone() for k, v in load_file(shard).items()}, shard)
+    capsys.readouterr()
+    assert cli.main([*command(other, place), "--steps", "1"]) == 0
+    assert "step 1 of 1" in capsys.readouterr().out
+
+
 def test_an_interrupted_clip_goes_on(model, place, capsys, monkeypatch):
     argv = command(model, place, "--steps", "3", "--dtype", "float32")
     finals = []
@@ -90,19 +105,56 @@ def test_an_interrupted_clip_goes_on(model, place, capsys, monkeypatch):
     calls.clear()
     (place / "out" / "a.mp4").unlink()
     assert cli.main(argv) == 130
+    (place / "out" / "..a.part.safetensors.77.tmp").touch()  # of a run killed while it wrote
     assert cli.main(argv) == 0
+    assert sorted(p.name for p in (place / "out").iterdir()) == ["a.json", "a.mp4"]
     out = capsys.readouterr().out
     assert "going on after step 1" in out and len(calls) == 8  # 3 done, 1 failed, then 4 more
     assert np.array_equal(finals[0], finals[-1])
 
 
+def test_switches(model, place, monkeypatch):
+    """Offload changes places only; one batch for both passes changes last bits; unipc the film."""
+    seen, old = [], clip.make_latents
+    monkeypatch.setattr(clip, "make_latents", lambda *a, **k: seen.append(old(*a, **k)) or seen[-1])
+    for more in ([], ["--offload"], ["--together"], ["--solver", "unipc"]):
+        (place / "out" / "a.json").unlink(missing_ok=True)
+        assert cli.main([*command(model, place), "--dtype", "float32", *more]) == 0
+    plain, offloaded, together, unipc = seen
+    assert (offloaded == plain).all() and abs(together - plain).max() < 1e-4
+    assert abs(unipc - plain).max() > 1e-4
+    assert json.loads((place / "out" / "a.json").read_text())["solver"] == "unipc"
+
+
 @pytest.mark.parametrize("more,words", [
-    (["--frames", "8"], "use 5 or 9"), (["--height", "40"], "use 64 x 64"),
+    (["--solver", "heun"], "unknown solver"), (["--frames", "8"], "use 5 or 9"),
+    (["--height", "40"], "use 64 x 64"),
     (["--frames", "13"], "differ in length"), (["--steps", "0"], "number of steps"),
     (["--dtype", "int8"], "unknown precision"), (["--model", "/nowhere"], "not a SCOPE folder")])
 def test_mistakes_are_told_before_anything_is_loaded(model, place, capsys, more, words):
     assert cli.main([*command(model, place), *more]) == 2
     assert words in capsys.readouterr().err and not (place / "out").exists()
+
+
+def test_mistakes_in_files_are_told_before_anything_is_loaded(model, place, capsys):
+    """Of every file of a folder, not only of the first."""
+    def told(words, **where):
+        assert cli.main(command(model, place, **where)) == 2
+        assert words in capsys.readouterr().err and not (place / "out").exists()
+
+    data = columns(9)
+    del data["south"]
+    write(place / "wrong.parquet", data)
+    told("lacks columns", actions="wrong.parquet")
+    write(place / "wide.parquet", {**columns(9), "j_left": [[0.0] * 3] * 9})
+    told("wrong width", actions="wide.parquet")
+    write(place / "far.parquet", {**columns(9), "j_right": [[0.0, 2.0]] * 9})
+    told("outside its range", actions="far.parquet")
+    (place / "rows").mkdir()
+    write(place / "rows" / "a.parquet", columns(9))
+    told("b.parquet", image="images", actions="rows")
+    (place / "images" / "b.png").write_bytes(b"no picture")
+    told("cannot be read", image="images")
 
 
 def test_rounding_is_asked_for(model, place):

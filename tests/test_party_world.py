@@ -30,7 +30,8 @@ KINDS = {"published": {}, "facing": dict(subjects=dict(facing=True)),
          "no MSA, frame-wise MCA, no RoPE": dict(subjects=dict(msa=False, mca="frame",
                                                               rope_sa=False)),
          "no MCA": dict(subjects=dict(mca="none")), "pooled": dict(subjects=dict(pooled=True)),
-         "guided, UniPC": dict(guidance=2.0, solver_steps=3), "sink": dict(sink=1)}
+         "guided, UniPC": dict(guidance=2.0, solver_steps=3), "sink": dict(sink=1),
+         "tiles": dict(tiles=12)}
 
 
 @pytest.fixture(scope="module")
@@ -398,3 +399,24 @@ def _config(world):
     return party_nano.PartyNanoConfig(
         name="tiny", dynamics=world.party.cfg, codec=world.codec.cfg, games=("a", "b"),
         outcome_width=8)
+
+
+def test_a_world_draws_its_tiles_only(tmp_path):
+    """Every drawn cell is a tile of the slot's own game; tiles are part of what a world is."""
+    world = party_nano.tiny(tiles=12)
+    some = starts(world, 5)
+    state, book = world.begin(some, range(5)), world.book
+    for step in range(3):
+        state, chunk = world.step(state, moves(world, 5, step))
+    for row, game in zip(chunk.latents_BFChw[:, 0], some.game_B, strict=True):
+        own = book.cells_TC[6 * game:6 * game + 6]
+        assert (row.flatten(1).t()[:, None] == own).all(-1).any(1).all()
+    made = party_nano.fresh(party_nano.PartyNanoConfig(
+        name="tiled", dynamics=world.party.cfg, codec=world.codec.cfg, tiles=12,
+        games=("game 0", "game 1"), outcome_width=8), 0)
+    made.book.load_state_dict(book.state_dict())
+    party_nano.save(made, tmp_path, {})
+    again = party_nano.load(tmp_path)
+    assert torch.equal(again.book.cells_TC, book.cells_TC) and again.book.prior == book.prior
+    made.book.cells_TC += 1
+    assert made.world().fingerprint != again.fingerprint

@@ -143,8 +143,12 @@ def test_which_rows_matter():
         run(tiny(action=None), given)
 
 
-def published_order(module, x_BTD, mouse, keyboard, frames):
-    """Section 4 word by word: positions as sequences, repeated windows, complex rotation."""
+def published_order(module, x_BTD, mouse, keyboard, frames, seen=None):
+    """Section 4 word by word: positions as sequences, repeated windows, complex rotation.
+
+    ``seen``: receives the stages under the names of the fixtures.
+    """
+    seen = {} if seen is None else seen
     act, heads = module.action, module.heads
     b, tokens, d = x_BTD.shape
     s, p, e = tokens // frames, act.rows, d // heads
@@ -169,12 +173,22 @@ def published_order(module, x_BTD, mouse, keyboard, frames):
     if mouse is not None:
         t = module.mouse_mlp(torch.cat([y, window(mouse)], -1))
         a = module.mouse_attn
-        out = attend(rope(a.norm_q(a.q(t))), rope(a.norm_k(a.k(t))), a.v(t))
+        q, k, v = rope(a.norm_q(a.q(t))), rope(a.norm_k(a.k(t))), a.v(t)
+        out = attend(q, k, v)
+        seen |= {"mouse_window": window(mouse)[0], "mouse_mlp.out": t, "mouse_q_roped": q,
+                 "mouse_k_roped": k, "mouse_v": v, "mouse_sdpa": out, "mouse_attn": a.o(out)}
         y = y + a.o(out)
     if keyboard is not None:
-        k, v = module.keyboard_kv_proj(window(module.keyboard_embed(keyboard))).chunk(2, -1)
-        q = rope(module.key_attn_q_norm(module.keyboard_q_proj(y)))
-        y = y + module.keyboard_o_proj(attend(q, rope(module.key_attn_k_norm(k)), v))
+        rows = window(module.keyboard_embed(keyboard))
+        both, q = module.keyboard_kv_proj(rows), module.keyboard_q_proj(y)
+        k, v = module.key_attn_k_norm(both[..., :d]), both[..., d:]
+        out = attend(rope(module.key_attn_q_norm(q)), rope(k), v)
+        seen |= {"keyboard_embed": module.keyboard_embed(keyboard), "after_mouse_path": y,
+                 "keyboard_q_proj.out": q, "key_q_normed": module.key_attn_q_norm(q),
+                 "keyboard_kv_proj.in": rows[::s], "keyboard_kv_proj.out": both[::s],
+                 "key_k_normed": k[::s], "keyboard_o_proj.in": out,
+                 "keyboard_o_proj.out": module.keyboard_o_proj(out)}
+        y = y + module.keyboard_o_proj(out)
     return y.reshape(b, s, frames, d).transpose(1, 2).reshape(b, tokens, d)
 
 
@@ -271,6 +285,13 @@ def test_guidance_one_skips_the_negative_pass():
     assert len(calls) == 2
     with pytest.raises(ConfigError, match="guidance without"):
         denoise(net, given["x"], text, None)
+
+
+def test_guidance_one_is_guidance_without_its_second_pass():
+    net, given = tiny(), inputs()
+    one, nearly = (sampled(net, given, given["x"][:, :, :1], Sampler(steps=3, guidance=g))
+                   for g in (1.0, 1 + 1e-9))
+    close(one, nearly, 1e-4)
 
 
 def test_going_on_gives_the_same_bits():

@@ -24,6 +24,7 @@ from worldgym.errors import (  # noqa: E402
     DatasetError,
     DTypeError,
     ShapeError,
+    WorldGymError,
 )
 from worldgym.testing import check_dream_env, check_dream_vector_env  # noqa: E402
 
@@ -58,6 +59,9 @@ def test_conformance(folder, settings):
                  "fork", "refusal", "gymnasium", "closed"):
         assert rule in report.passed or (rule, settings.get("observation")) == (
             "start-frame", "latent") or rule == "end-frame", report
+    if "flat_actions" in settings:  # SB3 has no use for Dict actions
+        pytest.importorskip("stable_baselines3")
+        assert "sb3" in report.passed, report
 
 
 def test_vector_conformance(folder):
@@ -175,3 +179,22 @@ def test_named_errors(folder, tmp_path):
         env.step(np.zeros(10))
     with pytest.raises(ActionError, match="neither 0 nor 1"):
         env.step({**held(), "buttons": np.full(6, 0.5)})
+
+
+def test_wrong_inputs_leave_the_episode_as_it_was(folder, tmp_path):
+    env = make(folder, observation="latent", carry="latent")
+    env.reset(seed=0, options={"prompt": "a soldier"})
+    state, want = env.get_state(), env.step(held())[0]
+    env.set_state(state)
+    square = np.zeros((9, 9, 3), np.uint8)
+    for options in ({"image": str(tmp_path / "none.png")}, {"image": square[..., :2]},
+                    {"image": square.astype(np.float32)}, {"prompt": 3}, {"negative_prompt": 3},
+                    {"image": square, "prompt": 3}, {"image": square, "start": 0}, {"pictures": 1}):
+        with pytest.raises(WorldGymError):
+            env.reset(seed=9, options=options)
+    for action in (np.zeros(10), {**held(), "move": np.array([0.0, 2.0])},
+                   {**held(), "camera": np.full(2, np.nan)}, {"buttons": np.zeros(6)},
+                   {**held(), "buttons": np.full(6, 2)}):
+        with pytest.raises(WorldGymError):
+            env.step(action)
+    assert (env.step(held())[0] == want).all()

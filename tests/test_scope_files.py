@@ -124,6 +124,55 @@ def test_a_missing_file(folder, name, words):
     assert "SCOPE" in text and "missing: nothing" not in text and name.split("/")[0] in text
 
 
+def test_a_folder_without_its_network(folder):
+    for path in (*folder.glob("model-*"), folder / "model.safetensors.index.json"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="network is missing"):
+        open_folder(folder)
+    text = describe(folder)
+    assert "SCOPE" in text and "network (model.safetensors.index.json)" in text
+    assert "model-00001-of-00003.safetensors" in text and "not known" in text
+    (folder / "diffusion_pytorch_model-00001-of-00003.safetensors").write_bytes(b"")
+    assert find(folder) is None  # plain Wan2.2, which comes with the same two files
+    with pytest.raises(CheckpointError, match="nothing that worldgym wrote or knows"):
+        describe(folder)
+
+
+def test_a_file_of_another_name_and_files_too_many(folder):
+    (folder / "README.md").write_text("x")
+    (folder / "other.safetensors").write_bytes(b"x")
+    assert open_folder(folder).missing == []
+    os.rename(folder / VAE, folder / "vae.pth")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_folder(folder)
+    assert f"autoencoder ({VAE})" in describe(folder)
+    os.rename(folder / "vae.pth", folder / VAE)
+    shard = folder / "model-00003-of-00003.safetensors"
+    tensors = load_file(shard)
+    shard.unlink()
+    save_file({**tensors, "new": torch.ones(1)}, shard)
+    with pytest.raises(CheckpointError, match="shard and index disagree"):
+        open_folder(folder)
+    assert "shard and index disagree" in describe(folder)
+
+
+def test_the_stamp_tells_other_weights(folder):
+    before = open_folder(folder).stamp()
+    assert before == open_folder(folder).stamp()
+    data = bytearray((folder / VAE).read_bytes())
+    data[-1] ^= 1
+    rewrite(folder / VAE, bytes(data))
+    assert find(folder).stamp() != before
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": {}}'])
+def test_a_damaged_index(folder, text):
+    rewrite(folder / "model.safetensors.index.json", text.encode())
+    with pytest.raises(CheckpointError, match="not a shard index"):
+        open_folder(folder)
+    assert "SCOPE" in describe(folder) and "not a shard index" in describe(folder)
+
+
 @pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", VAE, TEXT])
 def test_a_file_cut_off(folder, name):
     rewrite(folder / name, (folder / name).read_bytes()[:-200])

@@ -1,5 +1,6 @@
 """SCOPE as a world: states, batches, actions, prompts, and every switch against the plain way."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ pytest.importorskip("diffusers")
 
 import scope_folder as layout  # noqa: E402
 
-from worldgym.agents import bench_scope  # noqa: E402
+from worldgym.agents import bench_scope, results  # noqa: E402
 from worldgym.clip import Prompt, Sampler, denoise, make_latents  # noqa: E402
 from worldgym.errors import ConfigError, NotFiniteError, ShapeError, StateError  # noqa: E402
 from worldgym.models.action_module import windows  # noqa: E402
@@ -25,6 +26,7 @@ from worldgym.rope import cos_sin, rotate, rotation  # noqa: E402
 from worldgym.state import WorldState  # noqa: E402
 
 HW = (32, 64)
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "scope_bench.json"
 
 
 def network():
@@ -274,6 +276,71 @@ def test_the_published_order_gives_the_same_numbers():
                                atol=2e-5, rtol=0)
     rows = {r.metric: r.value for r in bench_scope.timed(0.0)}
     assert rows["speedup_over_published_order"] > 1
+
+
+def test_work_at_the_real_size():
+    """Counted anew: a pass over the published clip; the results file tells the same."""
+    net = bench_scope.real()
+    given = bench_scope.inputs(net, bench_scope.CLIP, (30, 52))
+    ours, theirs = (bench_scope.flops(lambda c=c: c(net, given)) / 1e12
+                    for c in (bench_scope.our_pass, bench_scope.published))
+    assert ours <= 134.8 and theirs == pytest.approx(136.4, abs=0.1)
+    rows = results.by_metric(results.read(RESULTS))
+    assert rows["real-config", "tflop_per_pass"]["value"] == pytest.approx(ours, rel=1e-4)
+    assert rows["tiny", "speedup_over_published_order"]["value"] >= 1.3
+    assert rows["real-config", "device_gb_offload"]["value"] < 24
+    for new, passes in itertools.product((4, 8, 16), (4, 10)):
+        for kind in ("tflop", "gb_moved"):
+            name = f"{kind}_per_env_step_{new}_{passes}"
+            value = rows["real-config", name]["value"]
+            assert 0 < value < rows["real-config", f"{name}_published_order"]["value"]
+            alone = sum(rows["real-config", f"{kind}_{part}"]["value"] * n for part, n in (
+                ("encode_picture", 1), ("decode_first", 1), ("decode_later", new // 4)))
+            assert value > alone  # the autoencoder's share is in it
+
+
+def test_seconds_on_a_gpu(monkeypatch, capsys):
+    """Refused where there is none; the measuring itself runs anywhere, at a tiny size."""
+    from worldgym.agents import bench_scope_gpu, cli
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words, told in ((["scope", "--gpu"], "no GPU to measure on"),
+                        (["party", "--gpu"], "nothing to measure on a GPU")):
+        assert cli.main(["bench", *words]) == 2
+        assert told in capsys.readouterr().err
+    with torch.device("meta"):
+        net = ScopeDiT(ScopeConfig.from_dict(layout.CONFIG))
+    net = bench_scope_gpu.filled(net, "cpu")
+    vae = WanVAE(bench_scope_gpu.filled(WanVAE.build(layout.VAE_SIZES), "cpu"))
+    said = []
+    rows = bench_scope_gpu.measured(
+        net, vae, hw=HW, frames=5, latents=1, passes=(2, 4), steps=1, rounds=1, say=said.append,
+        ways=("sdpa", "flash"))
+    assert [r.metric for r in rows] == [
+        "seconds_per_clip_5_no_decode_sdpa", "seconds_per_env_step_4_2_no_decode_sdpa",
+        "seconds_per_env_step_4_4_no_decode_sdpa", "seconds_per_clip_5_sdpa",
+        "seconds_per_env_step_4_2_sdpa", "seconds_per_env_step_4_4_sdpa"]
+    assert all(r.value > 0 and r.unit == "s" for r in rows)
+    assert said[-1].startswith("flash was not measured: flash-attn cannot be used")
+
+
+def test_a_compiled_pass_is_the_pass(monkeypatch):
+    """The whole network is one graph, with the rotation that a GPU takes."""
+    from worldgym.agents.bench_scope_gpu import way
+    from worldgym.models import action_module, wan
+
+    def turned(x, table):
+        return x * table[0] + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * table[1]
+
+    net, graphs = bench_scope.tiny(), []
+    given = bench_scope.inputs(net, 2, (4, 4))
+    want = bench_scope.our_pass(net, given)
+    for module in (wan, action_module):
+        monkeypatch.setattr(module, "rotate", turned)
+    with way(net, "compile", backend=lambda graph, _: graphs.append(graph) or graph.forward):
+        torch.testing.assert_close(bench_scope.our_pass(net, given), want, atol=1e-5, rtol=0)
+    products = [n for n in graphs[0].graph.nodes if "linear" in str(n.target)]
+    assert len(graphs) == 1 and len(products) == 37 and "forward" not in vars(net)
 
 
 def test_counters_count():

@@ -1,4 +1,4 @@
-"""A small party world, its three trainable parts and its files: codec, dynamics, outcome.
+"""A small party world, its trainable parts (codec, dynamics, outcome), its tiles and its files.
 
 A folder holds ``world.safetensors`` and ``world.json``, as nano's does.
 Shapes: B slot, N subject, G game.
@@ -15,6 +15,7 @@ from worldgym import checkpoint
 from worldgym.errors import ConfigError
 from worldgym.memory import SinkWindow
 from worldgym.models import nano
+from worldgym.models.cellbook import CellBook
 from worldgym.models.codec import Codec, CodecConfig
 from worldgym.models.party import PartyConfig, PartyDynamics, nano_config
 from worldgym.models.party_loss import game_text
@@ -32,8 +33,9 @@ class PartyNanoConfig:
     ``games``: their names, in the order of their numbers; ``cells``: per game the offset and size
     of its cells (see ``PartyWorld``), used with ``snap``; ``steps``: denoising timesteps of a step;
     ``solver_steps``: a UniPC solver with this many steps instead (0: none); ``guidance``: its scale
-    (1: off); ``end_scale``: factor on end chances; ``reward_range``, ``outcome_squash``: see
-    ``PartyOutcomeConfig``.
+    (1: off); ``tiles``: in the book that drawn cells are replaced from (0: none), ``tile_prior``:
+    how much a frequent tile is preferred (see ``CellBook``); ``end_scale``: factor on end chances;
+    ``reward_range``, ``outcome_squash``: see ``PartyOutcomeConfig``.
     """
 
     name: str
@@ -50,6 +52,8 @@ class PartyNanoConfig:
     guidance: float = 1.0
     temperature: float = 1.0
     context_noise: float = 0.0
+    tiles: int = 0
+    tile_prior: float = 0.3
     end_scale: float = 1.0
     outcome_frames: int = 1
     outcome_width: int = 48
@@ -105,6 +109,8 @@ class PartyNano(nn.Module):
             latent_chw=cfg.dynamics.latent_chw, channels=sub.channels, actions=sub.actions,
             frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members,
             reward_range=cfg.reward_range, squash=cfg.outcome_squash))
+        self.book = None if not cfg.tiles else CellBook(
+            cfg.codec.channels, cfg.tiles, len(cfg.games), cfg.tile_prior)
 
     def world(self, device: torch.device | str = "cpu",
               max_pages: int | None = None) -> PartyWorld:
@@ -120,7 +126,7 @@ class PartyNano(nn.Module):
             SinkWindow(cfg.dynamics.window, cfg.sink), schedule,
             texts_GLD=game_text(torch.arange(games), games),
             guidance=None if cfg.guidance == 1 else Guidance(scale=cfg.guidance),
-            cells_G4=torch.tensor(cfg.cells) if cfg.snap else None,
+            cells_G4=torch.tensor(cfg.cells) if cfg.snap else None, book=self.book,
             temperature=cfg.temperature, context_noise=cfg.context_noise,
             fingerprint=nano.value_fingerprint(self), device=device, max_pages=max_pages)
 
@@ -152,6 +158,9 @@ def tiny(seed: int = 0, lively: bool = True, games: int = 2, slots: int = 4,
             nn.init.normal_(head.weight, std=0.2, generator=generator)
         for reader in made.outcome.ends:
             reader.last.bias.data.fill_(-3.0)  # type: ignore[union-attr, operator]
+        if made.book is not None:
+            nn.init.normal_(made.book.cells_TC, generator=generator)
+            made.book.ends_G.copy_(torch.arange(1, games + 1) * (len(made.book) // games))
     return made.world()
 
 

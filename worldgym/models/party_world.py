@@ -15,6 +15,7 @@ from worldgym.actions import ActionSpec
 from worldgym.engine import Chunk, World
 from worldgym.errors import ConfigError, NotFiniteError, ShapeError
 from worldgym.memory import SinkWindow
+from worldgym.models.cellbook import CellBook
 from worldgym.models.codec import Codec
 from worldgym.models.dynamics import before
 from worldgym.models.party import PartyDynamics
@@ -64,6 +65,7 @@ class PartyWorld(World):
         cells_G4: per game (offset x, offset y, width, height) of its first cell, over the frame's
             two units from its top left corner: positions snap to cell centres before they are
             kept (facing and alive to what they mean). None = they are kept as drawn.
+        book: drawn cells are replaced by its tiles. None = they are kept as drawn.
         outcome: a ``LearnedPartyOutcome``, or None.
 
     All further arguments: see ``World``.
@@ -72,7 +74,7 @@ class PartyWorld(World):
     def __init__(self, spec: WorldSpec, codec: Codec, dynamics: PartyDynamics, outcome: Any,
                  policy: SinkWindow, schedule: FewStep | UniPC, *, texts_GLD: Tensor,
                  guidance: Guidance | None = None, cells_G4: Tensor | None = None,
-                 **rest: Any) -> None:
+                 book: CellBook | None = None, **rest: Any) -> None:
         super().__init__(spec, codec, dynamics, outcome, policy, schedule, **rest)  # type: ignore
         if spec.latents_per_chunk != 1:
             raise ConfigError("chunk is too long for subjects", given=spec.latents_per_chunk,
@@ -106,6 +108,7 @@ class PartyWorld(World):
         if cells_G4 is not None and tuple(cells_G4.shape) != (self.games, 4):
             raise ConfigError("cells do not fit the games", given=tuple(cells_G4.shape),
                               expected=(self.games, 4), fix="give one row for every game")
+        self.book = book
         self.cells_G4 = None if cells_G4 is None else cells_G4.to(self.device, torch.float32)
 
     @property
@@ -253,7 +256,10 @@ class PartyWorld(World):
         if self.cells_G4 is not None:
             states = snap(states, self.cells_G4[state.extra["game"]])
         states = torch.where(state.extra["valid"][..., None], states, 0)
-        return video[:, :1].contiguous(), state.extra | {
+        drawn = video[:, :1].contiguous()
+        if self.book is not None:
+            drawn = self.book(drawn[:, 0], state.extra["game"])[:, None]
+        return drawn, state.extra | {
             "subjects": torch.cat([state.extra["subjects"][:, 1:], states[:, None]], 1),
             "controls": torch.cat([state.extra["controls"][:, 1:], action_BA.long()[:, None]], 1)}
 

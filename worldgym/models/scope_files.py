@@ -35,6 +35,7 @@ PUBLISHED = {
     "e1de6c02cdac79f8b739f4d3698cd216": "Wan2.2 autoencoder, as published",
     "9c8818c2cbea55eca56c7b447df170da": "UMT5-XXL encoder, as published",
 }
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of a file, for its stamp
 PUBLISHED_TENSORS = {"network": 1575, "text encoder": 242, "autoencoder": 196}
 
 
@@ -131,6 +132,21 @@ class ScopeFolder:
         encoder = self.load_text_encoder(device=device, dtype=dtype)
         return [encoder.encode(*tokens([prompt]))[0] for prompt in prompts]
 
+    def stamp(self) -> str:
+        """SHA-256 of name, size and 64 samples of every weight file: other values, another stamp.
+
+        Reads a quarter of a MiB per file, so it is not proof against one changed number.
+        """
+        digest = hashlib.sha256()
+        for path in (p for part in self.parts for p in part.need().files):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for i in range(SAMPLES):
+                    file.seek(i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
     def facts(self) -> dict[str, Any]:
         """What it is, what is missing, what it costs, its licence; no tensor is read."""
         facts: dict[str, Any] = {p.name: p.facts() for p in self.parts}
@@ -161,13 +177,20 @@ def find(path: str | Path) -> ScopeFolder | None:
     """The folder if it is SCOPE's, else None; damaged parts are noted, not raised.
 
     SCOPE is recognised by the button projection among the network's tensor names. Plain Wan shards
-    (``diffusion_pytorch_model-*``) beside it are ignored, as they are when it is published.
+    (``diffusion_pytorch_model-*``) beside it are ignored, as they are when it is published. A
+    folder with all but a network counts as SCOPE's, unless such shards say that it is plain Wan.
     """
     path = Path(path)
     names = [INDEX] if (path / INDEX).is_file() else [SINGLE] if (path / SINGLE).is_file() else []
     shards = sorted(path.glob("model-*-of-*.safetensors")) if path.is_dir() else []
+    whole = all((path / file).is_file() for file in FILES.values())
     if not names and not shards:
-        return None
+        if not whole or any(path.glob("diffusion_pytorch_model*")):
+            return None
+        return _folder(path, ScopePart("network", path / INDEX, trouble=CheckpointError(
+            "network is missing", given=f"{path} without {INDEX} and its shards",
+            expected="model-00001-of-00003.safetensors to model-00003-of-00003.safetensors",
+            fix="download them, and the index, into the same folder")))
     network = ScopePart.look("network", path / (names[0] if names else shards[0].name))
     if not names:  # shards without their index cannot be told complete
         known = network.shapes
@@ -176,9 +199,15 @@ def find(path: str | Path) -> ScopeFolder | None:
             expected=INDEX, fix="download the index from the same revision"))
     else:
         known = network.shapes or dict.fromkeys(_listed(path / names[0]), ())
+    if not known and whole:  # too damaged to tell
+        return _folder(path, network)
     if not any(n == MARK or ".action_attn." in n for n in known) or (
             network.shapes and not is_scope(network.shapes)):
         return None
+    return _folder(path, network)
+
+
+def _folder(path: Path, network: ScopePart) -> ScopeFolder:
     parts = {name: ScopePart.look(name, path / file) for name, file in FILES.items()}
     return ScopeFolder(path, network, parts["text encoder"], parts["autoencoder"],
                        json_object(path / CONFIG))

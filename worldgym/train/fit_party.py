@@ -23,6 +23,7 @@ from worldgym.data.starts import StartBank
 from worldgym.data.store import Episodes
 from worldgym.errors import ConfigError
 from worldgym.models import party_nano
+from worldgym.models.cellbook import CellBook
 from worldgym.models.codec import CodecConfig
 from worldgym.models.party import nano_config
 from worldgym.models.party_loss import PartyLossConfig, batch_of, party_loss
@@ -86,7 +87,8 @@ class FitParty(Stages):
                               expected=", ".join(f"{k} {b}" for k, (_, b) in wrong.items()),
                               fix="fit without --init, or with its games and sizes")
         started = PartyNano(config)
-        started.load_state_dict(made.state_dict())
+        started.load_state_dict({k: v for k, v in made.state_dict().items()
+                                 if not k.startswith("book.")})
         return started.eval()
 
     def _config(self) -> PartyNanoConfig:
@@ -100,6 +102,7 @@ class FitParty(Stages):
         return PartyNanoConfig(
             name=cfg.name or Path(cfg.out).resolve().name, codec=codec, games=tuple(self.stores),
             cells=tuple(cells), snap=True, fps=first.fps, steps=cfg.steps, outcome_squash=True,
+            temperature=cfg.temperature,
             reward_range=self._reward_range(),
             dynamics=nano_config(codec.latent_chw, len(self.stores), cfg.width, cfg.layers,
                                  window=cfg.window, patch=(cfg.patch,) * 2, skip=SKIP,
@@ -142,11 +145,25 @@ class FitParty(Stages):
         return self.out
 
     def _seeing(self, window: int, **changes: Any) -> PartyNano:
-        """The world with these weights whose steps see so many frames."""
-        now = self.nano.cfg
-        made = PartyNano(replace(now, dynamics=replace(now.dynamics, window=window), **changes))
-        made.load_state_dict(self.nano.state_dict())
+        """The world with these weights, and a book of tiles, whose steps see so many frames."""
+        now, book = self.nano.cfg, self._book()
+        made = PartyNano(replace(now, dynamics=replace(now.dynamics, window=window),
+                                 tiles=len(book), **changes))
+        weights = self.nano.state_dict()
+        if len(book):
+            weights |= {f"book.{k}": v for k, v in book.state_dict().items()}
+        made.load_state_dict(weights)
         return made.eval()
+
+    def _book(self) -> CellBook:
+        """The tiles of some training frames of every game."""
+        count, games = self.cfg.book_frames, self.nano.cfg.games
+        if not count:
+            return CellBook(self.nano.cfg.codec.channels, 0, len(games))
+        rng = np.random.default_rng((self.cfg.seed, 4))
+        return CellBook.of(self.nano.codec, [
+            self._read(game, np.sort(rng.choice(rows, min(count, len(rows)), False)))
+            for game, rows in self.rows.items()])
 
     def _read(self, game: str, rows: np.ndarray) -> np.ndarray:
         return self.view(self.stores[game].take("frames", rows))

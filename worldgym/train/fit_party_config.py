@@ -25,6 +25,8 @@ class FitPartyConfig:
     ``balance``: "games": each is drawn equally often, or "players": a game of seven players, which
     has more to learn, more often than one of two. ``compile``: fuse the dynamics' operations: an
     iteration takes half the time, the first ones minutes (needs a C++ compiler).
+    ``steps``, ``temperature``: of the sampler; ``book_frames``: of each game, whose tiles drawn
+    cells are replaced by (0: none; see ``CellBook``).
     ``video_share``: of the dynamics' iterations, the video alone; ``alone_share``: those on single
     frames. ``batch``: clips of ``clip`` frames. ``ablation``: one of ``ABLATIONS``.
     ``state_weight``, ``position_weight``: see ``PartyLossConfig``. ``starts``: start states to keep
@@ -54,7 +56,9 @@ class FitPartyConfig:
     patch: int = 1
     window: int = 6
     play_window: int = 1
-    steps: tuple[float, ...] = (1000.0, 700.0, 400.0)
+    steps: tuple[float, ...] = (1000.0, 900.0, 800.0, 700.0, 600.0, 500.0, 400.0)
+    temperature: float = 0.85
+    book_frames: int = 4000
     state_weight: float = 2.0
     position_weight: float = 5.0
     dynamics_lr: float = 4e-3
