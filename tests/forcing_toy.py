@@ -70,3 +70,20 @@ def window(count, ahead, past, teacher=None):
     one = _window(ahead, past, teacher)
     return Window(one.start, one.chunk, tuple(c.repeat(count, 0) for c in one.contexts),
                   one.teacher * count)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def lively(seed=0, cfg=CFG):
+    """Random weights everywhere, the additions included."""
+    dit, g = fresh(seed, cfg), generator(seed)
+    for p in dit.parameters():
+        p.data = torch.randn(p.shape, generator=g) / (p.shape[-1] ** 0.5 if p.ndim > 1 else 5)
+    return dit
+
+
+def scene(past=4, count=2, seed=3):
+    clip, _, ahead = clips(np.random.default_rng(seed), count, past)
+    return clip, window(count, ahead, past)
