@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(kw_only=True)
@@ -13,6 +14,10 @@ class FitRooms:
     Args:
         data: folder that `worldgym collect --env worldgym/RoomsGame-v0` wrote.
         out: world folder to make.
+        stage: how the dynamics are trained: whole, in one go; or in the stages of the paper, causal
+            (the student), teacher, forcing (the student of --init by the teacher of --teacher).
+        init: world folder to start from; its codec, heads and sizes are kept (not for whole).
+        teacher: world folder of the teacher, over the same codec (forcing).
         name: name of the world.
         codec_iterations: length of the codec's training.
         dynamics_iterations: length of the dynamics' training.
@@ -27,6 +32,9 @@ class FitRooms:
         temporal: the newest of them.
         positions: reframed or plain.
         dynamics_lr: learning rate of the dynamics.
+        student_lr: learning rate of the student (forcing).
+        critic_lr: learning rate of the critic (forcing).
+        critic_updates: of the critic for each of the student (forcing).
         quick: fifty iterations of each part, to try the machinery.
         seed: seed of data order, noise and first weights.
         device: cpu or cuda.
@@ -34,6 +42,9 @@ class FitRooms:
 
     data: str
     out: str
+    stage: Literal["whole", "causal", "teacher", "forcing"] = "whole"
+    init: str | None = None
+    teacher: str | None = None
     name: str | None = None
     codec_iterations: int | None = None
     dynamics_iterations: int | None = None
@@ -48,6 +59,9 @@ class FitRooms:
     temporal: int | None = None
     positions: str | None = None
     dynamics_lr: float | None = None
+    student_lr: float | None = None
+    critic_lr: float | None = None
+    critic_updates: int | None = None
     quick: bool = False
     seed: int = 0
     device: str = "cpu"

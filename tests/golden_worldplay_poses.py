@@ -11,6 +11,7 @@ from golden import Check, Fixture, FixtureError
 from worldgym import camera, trajectory
 from worldgym.errors import ActionError
 from worldgym.models.wan import block_ids, causal_frame_mask
+from worldgym.models.worldplay_loss import CausalConfig, causal_times
 from worldgym.reconstituted import Reconstituted
 from worldgym.retrieval import Cloud, Distances, geometry, overlap
 from worldgym.schedule import chunk_times, context_times
@@ -116,7 +117,16 @@ def training_schedule(fixture: Fixture) -> Iterator[Check]:
     yield _numbers("timesteps", times.numpy(), fixture.get("timesteps"))
     yield Check("sigmas", times / 1000, torch.tensor(fixture.get("sigmas")), (1e-7, 0.0))
     past = fixture.get("memory_context")
-    yield _numbers("context", context_times(torch.tensor(past["index"])).numpy(), past["timestep"])
+    index = torch.tensor(past["index"])
+    yield _numbers("context", context_times(index).numpy(), past["timestep"])
+    # the same as a training step draws them: the first sequence whole, the second a memory sample
+    rows = (index - 499.5) / 485
+    drawn = {torch.randn: torch.logit(u), torch.rand: torch.cat([rows, torch.zeros(len(u) - 3)])}
+    trained, counts = causal_times(lambda kind, *shape: drawn[kind].expand(2, -1),
+                                   torch.tensor([False, True]), 4 * len(u), 4, CausalConfig())
+    yield _numbers("training", trained[0, ::4].numpy(), fixture.get("timesteps"))
+    yield _numbers("training context", trained[1, :12:4].numpy(), past["timestep"])
+    yield _numbers("training counts", counts.sum(1).numpy(), [4 * len(u), 4])
     case = fixture.get("chunk_causal_mask")
     text, tokens = int(case["text_tokens"]), int(case["tokens_per_latent"])
     mask = causal_frame_mask(block_ids(int(case["latents"]), int(case["chunk_latents"])))

@@ -1,6 +1,7 @@
 """Fitting a small WorldPlay: batches with old views, losses that fall, resuming, the whole way to
 an environment and to revisit figures."""
 
+import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -72,8 +73,6 @@ def test_losses_fall_and_gradients_reach_cameras_and_keys(data):
     fit.latents, fit.weights = fit._encode()
     start = {k: v.clone() for k, v in fit.nano.dynamics.state_dict().items()}
     fit._dynamics(60)
-    import json
-
     loss = [json.loads(line)["loss"]
             for line in (fit.work / "dynamics.jsonl").read_text().splitlines()]
     assert len(loss) == 3 and loss[-1] < 0.85 * loss[0], loss
@@ -103,6 +102,65 @@ def test_a_killed_fit_goes_on_to_the_same_weights(data, folder, monkeypatch):
     assert all(torch.equal(again[k], whole[k]) for k in whole)
     with pytest.raises(CheckpointError, match="other settings"):
         fit_rooms(replace(cfg, batch=8))
+
+
+def test_the_published_stages_make_worlds_over_one_codec(data, folder, monkeypatch):
+    """Student, teacher, context forcing; the last killed and resumed."""
+    from worldgym.train import loop
+
+    root, few = data.parent, {**SMALL, "dynamics_iterations": 4}
+    first, nets = str(folder), {"init": rooms.load_net(folder)}
+
+    def stage(name, out, **more):
+        fit_rooms(FitRoomsConfig(data=str(data), out=str(root / out), stage=name, **few, **more))
+        nets[out] = rooms.load_net(root / out)
+
+    stage("causal", "student", init=first)
+    stage("teacher", "teacher", init=first)
+    folders = {"init": str(root / "student"), "teacher": str(root / "teacher"), "student_lr": 1e-3,
+               "critic_lr": 1e-3, "critic_updates": 2}
+    stage("forcing", "forced", **folders)
+    for name, net in nets.items():
+        for part in ("codec", "outcome"):
+            assert all(torch.equal(v, getattr(nets["init"], part).state_dict()[k])
+                       for k, v in getattr(net, part).state_dict().items())
+        other = nets["student" if name == "forced" else "init"].dynamics.state_dict()
+        assert name == "init" or any(not torch.equal(v, other[k])
+                                     for k, v in net.dynamics.state_dict().items())
+    state = torch.load(root / "forced" / "training" / "dynamics.ckpt", weights_only=True)
+    assert (state["iteration"], state["partner"]["iteration"]) == (4, 8)
+    made = json.loads((root / "forced" / nano.CARD).read_text())["provenance"]
+    assert "--stage causal" in made["started_from"]["command"]
+    assert "--stage teacher" in made["teacher"]["command"]
+    env = make(root / "forced")
+    env.reset(seed=0)
+    assert env.step(1)[0].shape == (40, 48, 3)
+    step, count = loop.Loop._step, [0]
+
+    def dying(self, *args):
+        count[0] += 1
+        if count[0] == 9:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(loop.Loop, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        stage("forcing", "again", **folders)
+    monkeypatch.undo()
+    stage("forcing", "again", **folders)
+    assert all(torch.equal(v, nets["forced"].state_dict()[k])
+               for k, v in nets["again"].state_dict().items())
+    other = rooms.load_net(folder)
+    other.codec.mean += 1
+    nano.save(other, root / "strange", {}, rooms.KIND)
+    for what, wrong in (("same latents", {**folders, "teacher": str(root / "strange")}),
+                        ("stage and folders", {"init": first}),
+                        ("does not fit", {**folders, "width": 64})):
+        with pytest.raises(ConfigError, match=what):
+            fit_rooms(FitRoomsConfig(**{"data": str(data), "out": str(root / "no"),
+                                        "stage": "forcing", **few, **wrong}))
+    with pytest.raises(ConfigError, match="stage and folders"):
+        FitRoomsConfig(data=str(data), out=str(root / "no"), init=first)
 
 
 def make(folder):

@@ -61,6 +61,31 @@ def test_rate_warms_up_holds_and_falls():
     assert learning_rate(LoopConfig(iterations=1, lr=1.0), 0) == 1.0
 
 
+def test_the_average_begins_late_and_wild_updates_are_left_out(tmp_path):
+    late = make(tmp_path / "late", 6, ema=0.5, ema_from=5, muon=False)
+    live = []
+
+    def watched(model, data, generator):
+        live.append({k: v.clone() for k, v in model.state_dict().items()})
+        return loss(model, data, generator)
+
+    late.run(sample, watched, False)
+    last = late.module.state_dict()
+    for key in ("head.weight", "blocks.0.bias"):  # iteration 6 is the first that counts
+        assert torch.allclose(late.ema[key], (live[5][key] + last[key]) / 2, atol=1e-7)
+    start = {k: v.clone() for k, v in make(tmp_path / "x").module.state_dict().items()}
+    still = make(tmp_path / "still", 3, skip=1e-9)
+    still.run(sample, loss, False)
+    assert all(torch.equal(v, start[k]) for k, v in still.module.state_dict().items())
+    old = torch.load(still.path, weights_only=True)  # one from before there were these settings
+    for key in ("skip", "ema_from"):
+        old["about"].pop(key)
+    torch.save(old, still.path)
+    with pytest.raises(CheckpointError, match="skip"):
+        make(tmp_path / "still", 3, skip=1e-9).resume()
+    make(tmp_path / "still", 3).resume()
+
+
 def test_muon_takes_block_matrices_only():
     adam, muon = module.optimizers(Model(), LoopConfig(iterations=1, muon=True))
     assert [p.shape for p in muon.param_groups[0]["params"]] == [(4, 4)]

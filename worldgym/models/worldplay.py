@@ -107,7 +107,8 @@ class WorldPlayDiT(WanDiT):
     def forward(self, x_BCFHW: Tensor, t: Tensor, context_BLD: Tensor | None = None, *,
                 labels_BF: Tensor | None = None, cameras: Cameras | None = None,
                 context: Context | None = None,
-                record: list[tuple[Tensor, ...]] | None = None, **given: Any) -> Tensor:
+                record: list[tuple[Tensor, ...]] | None = None,
+                sees_FF: Tensor | None = None, **given: Any) -> Tensor:
         """Flow (B, C, F, H, W).
 
         Args:
@@ -117,6 +118,8 @@ class WorldPlayDiT(WanDiT):
             cameras: of these frames; in the same world coordinates as those of ``context``.
             context: what the frames see besides themselves.
             record: keys and values of every layer are appended to it.
+            sees_FF: bool, True = the frame (row) sees that frame, in both branches; None: each sees
+                all. A context is seen anyway.
             given: as in ``WanDiT``; ``frame_index_BF`` starts at the number of context frames.
         """
         if cameras is not None and cameras.w2c_BF44.shape[:2] != (len(x_BCFHW), x_BCFHW.shape[2]):
@@ -125,6 +128,7 @@ class WorldPlayDiT(WanDiT):
                              expected=(len(x_BCFHW), x_BCFHW.shape[2], 4, 4),
                              fix="give one camera per slot and latent frame")
         see = None if cameras is None else cameras.projection(self.head.modulation)
+        mask = None if sees_FF is None else self._tokens(sees_FF, x_BCFHW, context)
 
         def with_context(which: tuple[tuple[Tensor, Tensor], ...], layer: int, k: Tensor,
                          v: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +140,7 @@ class WorldPlayDiT(WanDiT):
                 record.append((k, v))
             if context is not None:
                 k, v = with_context(context.position, layer, k, v)
-            return attention(q, k, v)
+            return attention(q, k, v, mask)
 
         def beside(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             assert see is not None
@@ -145,13 +149,24 @@ class WorldPlayDiT(WanDiT):
                 record[-1] += (k, v)
             if context is not None:
                 k, v = with_context(context.camera, layer, k, v)
-            y = see.out(attention(see.query(q), k, v))
+            y = see.out(attention(see.query(q), k, v, mask))
             return cast(Any, self.blocks[layer]).self_attn.o_camera(y.flatten(2))
 
         if labels_BF is not None:
             given["cond_BFD"] = self.actions(labels_BF)
         return super().forward(x_BCFHW, t, context_BLD, attend=attend,
                                beside=beside if see is not None else None, **given)
+
+    def _tokens(self, sees_FF: Tensor, x_BCFHW: Tensor, context: Context | None) -> Tensor:
+        """The mask of the tokens that one of frames stands for."""
+        frames = x_BCFHW.shape[2]
+        if sees_FF.shape != (frames, frames):
+            raise ShapeError("mask does not fit the frames", given=tuple(sees_FF.shape),
+                             expected=(frames, frames), fix="one row and column per latent frame")
+        size = x_BCFHW[0, 0, 0].numel() // (self.cfg.patch_size[1] * self.cfg.patch_size[2])
+        mask = sees_FF.to(x_BCFHW.device).repeat_interleave(size, 0).repeat_interleave(size, 1)
+        old = 0 if context is None else context.position[0][0].shape[1]
+        return nn.functional.pad(mask, (old, 0), value=True)
 
     def context(self, x_BCFHW: Tensor, context_BLD: Tensor | None = None, *, labels_BF: Tensor,
                 cameras: Cameras, t: float | Tensor = CONTEXT_TIME, **given: Any) -> Context:

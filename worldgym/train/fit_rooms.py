@@ -4,6 +4,7 @@ A clip is what the dream will do: its first picture stands still for a chunk, th
 frames, chunk by chunk; the context of a chunk is chosen among all frames before it, by the world's
 own policy, so that old views are there to be used.
 Every part resumes from its checkpoint in ``out/training``; run the same command again after a kill.
+The published stages of WorldPlay's training are in fit_rooms_stages.py.
 Shapes: B clip, R noisy version, K context frame, n frame of a chunk, C channel, h w latent grid.
 """
 
@@ -33,6 +34,7 @@ FULL = 0.75  # share of batches with a whole context; the others have a young cl
 FORGETFUL = 0.15  # share of clips that see the newest frames alone, whatever the policy
 NOISED, MOST_NOISE = 0.5, 300.0  # share of clips with a noised context; up to this timestep
 PURE, SHIFT = 0.25, 3.0  # share of pure noise; time shift of the rest
+STAGES = ("whole", "causal", "teacher", "forcing")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,11 @@ class FitRoomsConfig(FitConfig):
     ``draws``: noisy versions of a chunk that share one context pass; ``channels``: of the latents;
     ``stem``: 2 for latent cells of 4 pixels, 4 for 8; ``total``, ``temporal``: frames of a context,
     and the newest of them; ``positions``, ``memory``: see ``RoomsConfig``.
+    ``stage``: how the dynamics are trained; "whole": with clean or slightly noised contexts;
+    "causal": every chunk with a noise level of its own, contexts included; "teacher": four chunks
+    at once; "forcing": the student ``init`` by the teacher of the folder ``teacher``, with
+    ``student_lr``, ``critic_lr`` and ``critic_updates`` (the published rates are for billions of
+    weights, these for small ones). ``init`` (not for "whole"): codec, heads, sizes, memory are its.
     """
 
     codec_iterations: int = 4000
@@ -57,6 +64,24 @@ class FitRoomsConfig(FitConfig):
     temporal: int = 8
     positions: str = "reframed"
     memory: str = "memory"
+    stage: str = "whole"
+    teacher: str | None = None
+    student_lr: float = 2e-5
+    critic_lr: float = 1e-5
+    critic_updates: int = 5
+
+    def __post_init__(self) -> None:
+        FitConfig.__post_init__(self)
+        needs = {"init": self.stage == "forcing", "teacher": self.stage == "forcing"}
+        may = {"init": self.stage != "whole", "teacher": self.stage == "forcing"}
+        given = {name: getattr(self, name) is not None for name in needs}
+        if self.stage not in STAGES or any(
+                (needs[n] and not given[n]) or (given[n] and not may[n]) for n in needs):
+            raise ConfigError("stage and folders do not fit",
+                              given=f"stage {self.stage}, init {self.init}, teacher {self.teacher}",
+                              expected=f"one of {STAGES}; rooms are fitted from scratch in stage "
+                              "whole; forcing needs init (the student) and teacher",
+                              fix="see worldgym fit-rooms --help")
 
 
 class Clips:
@@ -170,9 +195,9 @@ class FitRooms(Fit):
             raise DatasetError("recording does not tell its camera", given=sorted(recipe),
                                expected=f"{missing} in the recipe", fix="record rooms with "
                                "worldgym collect --env worldgym/RoomsGame-v0")
-        if cfg.init or cfg.batch < 1 or cfg.draws < 1:
-            raise ConfigError("rooms are fitted from scratch", given=f"init {cfg.init}, draws "
-                              f"{cfg.draws}", expected="no init, draws >= 1", fix="leave it out")
+        if cfg.draws < 1:
+            raise ConfigError("no noisy version of a chunk", given=f"draws {cfg.draws}",
+                              expected="draws >= 1", fix="leave it out")
         codec = CodecConfig(frame_hw=tuple(self.episodes.frame_hw),  # type: ignore[arg-type]
                             channels=cfg.channels, stem=cfg.stem)
         _, h, w = codec.latent_chw
@@ -213,9 +238,14 @@ class FitRooms(Fit):
             return dynamics_loss(model, old, new, given, draw, cfg.draws, clips.n)
 
         about = {"batch": cfg.batch, "draws": cfg.draws, "config": clips.cfg.to_json()}
-        loop = self.loop("dynamics", iterations, about, lr=cfg.dynamics_lr, decay=0.3, warmup=200,
-                         weight_decay=0.02, muon=True, ema=0.995)
-        loop.run(sample, loss, cfg.tensorboard)
+        self._learn(iterations, about, sample, loss)
+
+    def _learn(self, iterations: int, about: dict, sample: Callable[[int], dict], loss: Any,
+               **changes: Any) -> None:
+        """Train the dynamics by one loss."""
+        loop = self.loop("dynamics", iterations, about, lr=self.cfg.dynamics_lr, decay=0.3,
+                         warmup=200, weight_decay=0.02, muon=True, ema=0.995, **changes)
+        loop.run(sample, loss, self.cfg.tensorboard)
         self.finish(loop)
 
     def _latents(self, rows: np.ndarray) -> Tensor:
@@ -292,8 +322,10 @@ class FitRooms(Fit):
 
 def fit_rooms(cfg: FitRoomsConfig) -> Path:
     """Fit a world; see ``FitRoomsConfig``. Returns the world folder."""
+    from worldgym.train.fit_rooms_stages import FitRoomsStage
+
     group = Group.from_env(cfg.device, cfg.shard)
     try:
-        return FitRooms(cfg, group).run()
+        return (FitRooms if cfg.stage == "whole" else FitRoomsStage)(cfg, group).run()
     finally:
         group.close()

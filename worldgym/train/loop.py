@@ -43,6 +43,8 @@ class LoopConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     ema: float = 0.999
+    ema_from: int | None = None  # the average is the weights themselves until then; None: a ramp
+    skip: float | None = None  # leave out updates whose gradient norm is this or more
     muon: bool = False
     seed: int = 0
     log_every: int = 20
@@ -93,10 +95,13 @@ class Loop:
         group: the processes; default: this one alone.
         about: what else a checkpoint depends on (data, batch, ...), plain JSON values; one made
             with other values is refused.
+        partner: a loop whose ``step`` is called within this one's loss (a critic's): it is saved
+            and resumed in this one's file, so that both are always of one moment.
     """
 
     def __init__(self, name: str, module: nn.Module, cfg: LoopConfig, folder: Path,
-                 group: Group | None = None, about: Mapping | None = None) -> None:
+                 group: Group | None = None, about: Mapping | None = None,
+                 partner: "Loop | None" = None) -> None:
         self.name, self.target, self.cfg, self.folder = name, module, cfg, Path(folder)
         self.group = group or Group()
         self.module = copy.deepcopy(module) if self.group.shard else module
@@ -111,6 +116,9 @@ class Loop:
         self.history: list[dict] = []
         self.about = {**asdict(cfg), **dict(about or {}), "shard": self.group.shard}
         del self.about["compile"]  # the same up to rounding
+        self.partner = partner
+        if partner is not None:
+            self.about["partner"] = partner.about
         self._sums: dict[str, float] = {}
         self._stop = False
 
@@ -177,6 +185,12 @@ class Loop:
 
     _wish = False
 
+    def step(self, sample: Callable[[int], dict], loss: Loss) -> dict[str, float]:
+        """One update of a partner: no log, no checkpoint; returns what it measured."""
+        values = self._step(sample, loss)
+        del values["stop"]
+        return values
+
     def _step(self, sample: Callable[[int], dict], loss: Loss) -> dict[str, float]:
         generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + self.iteration)
         for optimizer in self.optimizers:
@@ -192,10 +206,13 @@ class Loop:
                 given=f"gradient norm {norm} at iteration {self.iteration}",
                 expected="a finite number", fix="lower the learning rate and start again",
             )
-        for optimizer in self.optimizers:
-            optimizer.step()
+        if self.cfg.skip is None or norm < self.cfg.skip:
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.iteration += 1
         rate = min(self.cfg.ema, (1 + self.iteration) / (10 + self.iteration))
+        if self.cfg.ema_from is not None:
+            rate = self.cfg.ema if self.iteration > self.cfg.ema_from else 0.0
         with torch.no_grad():
             for key, live in self.module.state_dict().items():
                 if live.is_floating_point():
@@ -205,12 +222,11 @@ class Loop:
 
     def save(self) -> None:
         """Write model, EMA, optimiser and counters atomically; every process must call it."""
-        state = self.group.full(self.module, self.optimizers)
-        ema = {k: whole(v) for k, v in self.ema.items()}
+        state = self._state()
+        if self.partner is not None:
+            state["partner"] = self.partner._state()
         if not self.group.first:
             return
-        state |= {"ema": ema, "iteration": self.iteration, "seconds": self.seconds,
-                  "about": self.about, "history": self.history, "sums": self._sums}
         part = self.path.with_suffix(".part")
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -218,6 +234,13 @@ class Loop:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self.path)
+
+    def _state(self) -> dict:
+        state = self.group.full(self.module, self.optimizers)
+        return state | {
+            "ema": {k: whole(v) for k, v in self.ema.items()}, "iteration": self.iteration,
+            "seconds": self.seconds, "about": self.about, "history": self.history,
+            "sums": self._sums}
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one; without one, begin with empty logs."""
@@ -248,6 +271,8 @@ class Loop:
             self.group.load(self.module, self.optimizers, state)
             for key, value in state["ema"].items():
                 fill(self.ema[key], value)
+            if self.partner is not None:
+                self.partner._restore(state["partner"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 "cannot resume training", given=f"{self.path} ({error})",
