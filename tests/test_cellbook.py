@@ -46,7 +46,7 @@ def test_tiles_are_found_and_told_apart(frames):
 
 def test_recorded_frames_stay_and_blurred_ones_come_back(codec, frames):
     book = CellBook.of(codec, frames, prior=0.0)
-    assert len(book) == 5 and book.ends_G.tolist() == [3, 5]
+    assert len(book) == 5 and book.ends_G2[:, 0].tolist() == [3, 5]
     before, latents = (torch.cat([encoded(codec, x[:, i]) for x in frames]) for i in range(2))
     game = torch.tensor([0] * 30 + [1] * 30)
     torch.testing.assert_close(book(latents, before, game), latents, rtol=0, atol=1e-5)
@@ -59,14 +59,30 @@ def test_recorded_frames_stay_and_blurred_ones_come_back(codec, frames):
     assert all(any(torch.equal(cell, t) for t in own) for cell in other[0].flatten(1).t())
 
 
+def test_chances_are_those_of_the_recordings(codec, frames):
+    """The first game's first tile stays, always; the others change into each other, by chance."""
+    book = CellBook.of(codec, frames)
+    chance = book.chances(0).exp()
+    torch.testing.assert_close(chance.sum(1), torch.ones(3))
+    still = int(chance.diagonal().argmax())
+    others = [i for i in range(3) if i != still]
+    assert chance[still, still] > 0.99
+    assert all(0.1 < chance[i, j] < 0.9 for i in others for j in others)
+    assert 0 < chance[others[0], still] < 0.01  # never seen, but not impossible
+    drawn = [int((tiles_of(frames[0], 4)[1][:, 0] == i).sum()) for i in range(3)]
+    mine = book.pairs_N3[:int(book.ends_G2[0, 1])]
+    assert [int(mine[mine[:, 0] == i, 2].sum()) for i in range(3)] == drawn
+    again = CellBook(6, len(book), len(book.pairs_N3), 2)
+    assert again.prior == book.prior
+    again.load_state_dict(book.state_dict())
+    assert torch.equal(again.chances(1), book.chances(1))
+
+
 def test_what_is_drawn_between_two_tiles_is_what_recordings_make_likely(codec, frames):
     """A tile that never changed stays; one that changes half of the time may go."""
-    book = CellBook.of(codec, frames, prior=0.0)
-    still = int(book.stay_T[:3].argmax())
+    book, keen = (CellBook.of(codec, frames, prior=x) for x in (0.0, 10.0))
+    still = int(keen.chances(0).diagonal().argmax())
     others = [i for i in range(3) if i != still]
-    assert book.stay_T[still] > 0.99 and all(0.2 < book.stay_T[i] < 0.8 for i in others)
-    assert book.come_T[:3].sum() == pytest.approx(1) and book.come_T[still] < 0.01
-    keen = CellBook.of(codec, frames, prior=10.0)
     for made in (book, keen):
         made.cells_TC.copy_(3 * torch.eye(6)[:5])
     for before, drawn, meant in ((still, others[0], still), (others[0], others[1], others[1]),
@@ -101,6 +117,6 @@ def test_refusals(frames):
 
 
 def test_a_game_without_tiles_is_drawn_freely():
-    book = CellBook(6, 0, 2)
+    book = CellBook(6, 0, 0, 2)
     latents = torch.randn(2, 6, 3, 3)
     assert torch.equal(book(latents, latents, torch.tensor([0, 1])), latents)

@@ -4,7 +4,8 @@ A game of tiles shows few different ones, and a codec that sees each cell by its
 (``CodecConfig.local``) gives each its own latent. A sampler with a few passes leaves some cells
 between two of them (a player half here, half there), and the next frame goes on from that: the
 nearest recorded tile is what was meant.
-Shapes: B slot, C channel, h w latent grid, T tile, G game, R frame, H W pixels, P pixels of a cell.
+Shapes: B slot, C channel, h w latent grid, T tile, N pair of tiles, G game, R frame, H W pixels,
+P pixels of a cell.
 """
 
 from collections.abc import Sequence
@@ -21,59 +22,75 @@ MOST = 20_000  # tiles of a game; more are no game of tiles
 
 
 class CellBook(nn.Module):
-    """Latents of every game's recorded tiles, and how readily each stays or comes.
+    """Latents of every game's recorded tiles, and how often which followed which.
 
     ``forward`` gives each cell the tile t that maximises prior * log p(t | tile before) -
     |cell - t|^2: for Gaussian errors of the drawing with variance prior / 2, the likeliest one.
-    p: the tile before stays with its own chance, or else any comes, as often as it came recorded.
+    p: how often t followed that tile in recordings, with one more case, of any tile that ever came.
 
     Args:
-        channels: C. tiles: T of all games together. games: G. prior: see above, in squared units of
-            the latents; 0: the nearest.
+        channels: C. tiles: T of all games together. pairs: N different ones of all games that
+            followed each other. games: G. prior: see above, in squared units of the latents;
+            0: the nearest.
     """
 
     cells_TC: Tensor
-    stay_T: Tensor
-    come_T: Tensor
-    ends_G: Tensor
+    pairs_N3: Tensor
+    ends_G2: Tensor
 
-    def __init__(self, channels: int, tiles: int, games: int, prior: float = 0.3) -> None:
+    def __init__(self, channels: int, tiles: int, pairs: int, games: int,
+                 prior: float = 0.3) -> None:
         super().__init__()
         self.prior = prior
         self.register_buffer("cells_TC", torch.zeros(tiles, channels))
-        self.register_buffer("stay_T", torch.full((tiles,), 0.5))
-        self.register_buffer("come_T", torch.ones(tiles))
-        self.register_buffer("ends_G", torch.zeros(games, dtype=torch.int64))
+        # tile before and after, counted within the game, and how often
+        self.register_buffer("pairs_N3", torch.zeros(pairs, 3, dtype=torch.int32))
+        # where a game's tiles and pairs end
+        self.register_buffer("ends_G2", torch.zeros(games, 2, dtype=torch.int64))
+        self._logs: dict[int, Tensor] = {}
+        self.register_load_state_dict_post_hook(lambda *_: self._logs.clear())
 
     def __len__(self) -> int:
         """T."""
         return len(self.cells_TC)
 
+    def tiles(self, game: int) -> Tensor:
+        """Latents (tiles, C) of one game."""
+        return self.cells_TC[self._part(game, 0)]
+
+    def chances(self, game: int) -> Tensor:
+        """log p (tiles, tiles): row: the tile before, column: the tile after."""
+        if game not in self._logs or self._logs[game].device != self.cells_TC.device:
+            pairs, size = self.pairs_N3[self._part(game, 1)].long(), len(self.tiles(game))
+            count = self.cells_TC.new_zeros(size, size)
+            count[pairs[:, 0], pairs[:, 1]] = pairs[:, 2].to(count)
+            came = count.sum(0) - count.diagonal() + 0.5
+            count += came / came.sum()
+            self._logs[game] = (count / count.sum(1, keepdim=True)).log()
+        return self._logs[game]
+
+    def _part(self, game: int, which: int) -> slice:
+        return slice(int(self.ends_G2[game - 1, which]) if game else 0,
+                     int(self.ends_G2[game, which]))
+
     @torch.no_grad()
     def forward(self, latents_BChw: Tensor, before_BChw: Tensor, game_B: Tensor) -> Tensor:
-        """Latents whose cells are recorded tiles of their slot's game; ``before``: one frame ago."""
+        """Each cell a recorded tile of its slot's game; ``before``: the frame before this one."""
         out = latents_BChw.clone()
         for game in game_B.unique().tolist():
-            mine = slice(int(self.ends_G[game - 1]) if game else 0, int(self.ends_G[game]))
-            if mine.start == mine.stop:
+            tiles = self.tiles(game)
+            if not len(tiles):
                 continue
             rows = game_B == game
-            best = self._best(_cells(latents_BChw[rows]), _cells(before_BChw[rows]), mine)
-            count, channels, h, w = latents_BChw[rows].shape
-            drawn = self.cells_TC[mine][best].view(count, h * w, channels)
-            out[rows] = drawn.transpose(1, 2).reshape(count, channels, h, w)
+            size = tiles.square().sum(1)
+            score = F.linear(_cells(latents_BChw[rows]), 2 * tiles, -size)
+            if self.prior:
+                was = F.linear(_cells(before_BChw[rows]), 2 * tiles, -size).argmax(1)
+                score += self.prior * self.chances(game)[was]
+            b, c, h, w = latents_BChw[rows].shape
+            drawn = tiles[score.argmax(1)].view(b, h * w, c).transpose(1, 2)
+            out[rows] = drawn.reshape(b, c, h, w)
         return out
-
-    def _best(self, cells_NC: Tensor, before_NC: Tensor, mine: slice) -> Tensor:
-        """Numbers (N,) of the likeliest tiles of one game."""
-        tiles, stay, come = self.cells_TC[mine], self.stay_T[mine], self.come_T[mine]
-        size = tiles.square().sum(1)
-        was = F.linear(before_NC, 2 * tiles, -size).argmax(1, keepdim=True)
-        near = F.linear(cells_NC, 2 * tiles, -size)
-        goes = 1 - stay[was]
-        score = near + self.prior * (goes * come).log()
-        stays = (stay[was] + goes * come[was]).log()
-        return score.scatter(1, was, near.gather(1, was) + self.prior * stays).argmax(1)
 
     @classmethod
     def of(cls, codec: Codec, pairs: Sequence[np.ndarray], prior: float = 0.3) -> "CellBook":
@@ -91,13 +108,13 @@ class CellBook(nn.Module):
         if most > MOST:
             raise ConfigError("too many different tiles", given=f"{most} in one game",
                               expected=f"at most {MOST}", fix="keep no book of tiles")
-        made = cls(codec.cfg.channels, sum(len(t) for t, _ in found), len(found), prior)
-        if len(made):
-            chances = [_chances(number, len(tiles)) for tiles, number in found]
-            made.cells_TC.copy_(torch.cat([_encoded(codec, tiles) for tiles, _ in found]))
-            made.stay_T.copy_(torch.from_numpy(np.concatenate([x for x, _ in chances])))
-            made.come_T.copy_(torch.from_numpy(np.concatenate([x for _, x in chances])))
-        made.ends_G.copy_(torch.tensor([len(t) for t, _ in found]).cumsum(0))
+        counted = [_counted(number) for _, number in found]
+        made = cls(codec.cfg.channels, sum(len(t) for t, _ in found), sum(map(len, counted)),
+                   len(found), prior)
+        made.cells_TC.copy_(torch.cat([_encoded(codec, tiles) for tiles, _ in found]))
+        made.pairs_N3.copy_(torch.from_numpy(np.concatenate(counted)))
+        sizes = [(len(tiles), len(some)) for (tiles, _), some in zip(found, counted, strict=True)]
+        made.ends_G2.copy_(torch.tensor(sizes).cumsum(0))
         return made
 
 
@@ -110,13 +127,11 @@ def tiles_of(frames_RFHWC: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarra
     return tiles.reshape(-1, side, side, 3), number.reshape(r, f, -1)
 
 
-def _chances(number_R2P: np.ndarray, tiles: int) -> tuple[np.ndarray, np.ndarray]:
-    """How likely each tile stays (T,), and how likely each is what comes (T,), never 0 or 1."""
-    before, after = number_R2P[:, 0].ravel(), number_R2P[:, 1].ravel()
-    seen = np.bincount(before, minlength=tiles)
-    stayed = np.bincount(before[before == after], minlength=tiles)
-    came = np.bincount(after[before != after], minlength=tiles) + 0.5
-    return (stayed + 0.5) / (seen + 1), came / came.sum()
+def _counted(number_R2P: np.ndarray) -> np.ndarray:
+    """Different (tile, tile in the same place one frame on, how often) rows (N, 3)."""
+    pairs = number_R2P.transpose(0, 2, 1).reshape(-1, 2)
+    different, count = np.unique(pairs, axis=0, return_counts=True)
+    return np.concatenate([different, count[:, None]], 1)
 
 
 def _cells(latents_BChw: Tensor) -> Tensor:

@@ -147,19 +147,20 @@ class FitParty(Stages):
     def _seeing(self, window: int, **changes: Any) -> PartyNano:
         """The world with these weights, and a book of tiles, whose steps see so many frames."""
         now, book = self.nano.cfg, self._book()
-        made = PartyNano(replace(now, dynamics=replace(now.dynamics, window=window),
-                                 tiles=len(book), **changes))
+        tiles = None if book is None else (len(book), len(book.pairs_N3))
+        made = PartyNano(replace(now, dynamics=replace(now.dynamics, window=window), tiles=tiles,
+                                 **changes))
         weights = self.nano.state_dict()
-        if len(book):
+        if book is not None:
             weights |= {f"book.{k}": v for k, v in book.state_dict().items()}
         made.load_state_dict(weights)
         return made.eval()
 
-    def _book(self) -> CellBook:
+    def _book(self) -> CellBook | None:
         """The tiles of some training frames of every game, and of the frames after them."""
-        count, games = self.cfg.book_frames, self.nano.cfg.games
+        count = self.cfg.book_frames
         if not count:
-            return CellBook(self.nano.cfg.codec.channels, 0, len(games))
+            return None
         rng = np.random.default_rng((self.cfg.seed, 4))
         pairs = []
         for game, rows in self.rows.items():
