@@ -24,7 +24,7 @@ class FitPartyConfig:
     ``init``: world folder to start from, whose codec stays and is not trained.
     ``balance``: "games": each is drawn equally often, or "players": a game of seven players, which
     has more to learn, more often than one of two. ``compile``: fuse the dynamics' operations: an
-    iteration takes half the time, the first ones minutes (needs a C++ compiler).
+    iteration takes less time, the first ones minutes (needs a C++ compiler).
     ``steps``, ``temperature``: of the sampler; ``book_frames``: of each game, whose tiles drawn
     cells are replaced by (0: none; see ``CellBook``).
     ``video_share``: of the dynamics' iterations, the video alone; ``alone_share``: those on single
