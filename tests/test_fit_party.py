@@ -30,13 +30,14 @@ from worldgym.models.party_outcome import (  # noqa: E402
     PartyOutcomeConfig,
     party_outcome_loss,
 )
-from worldgym.train.fit_party import FitPartyConfig  # noqa: E402
+from worldgym.train.fit_party import FitParty, FitPartyConfig  # noqa: E402
 from worldgym.train.metrics_party import cell_of, measure_party, recorded_states  # noqa: E402
 
 SIDE, SLOTS, PLAYERS = 4, 4, 3
 CELLS = (0.0, 0.0, 2 / SIDE, 2 / SIDE)
 SMALL = {"codec_iterations": 8, "dynamics_iterations": 12, "outcome_iterations": 4, "width": 32,
-         "layers": 1, "batch": 4, "clip": 4, "window": 3, "starts": 6, "tensorboard": False,
+         "layers": 1, "batch": 4, "clip": 4, "window": 3, "recent": 2, "starts": 6,
+         "tensorboard": False,
          "alone_share": 0.5, "video_share": 0.2, "holdout": 0.3, "measure": False, "party": True}
 
 
@@ -145,7 +146,7 @@ def test_a_snapshot_is_a_world(whole, data, tmp_path):
         torch.save(state, path)
         (tmp_path / "heads").rename(heads)
     task = load_party(tmp_path / "early")
-    assert task.world.spec.context_frames == 0
+    assert task.world.party.cfg.window == 1 and task.world.spec.context_frames == 2
     card = json.loads((tmp_path / "early/world.json").read_text())
     assert card["provenance"]["iterations"] == {"codec": 8, "dynamics": 6, "outcome": 0}
     state = task.world.begin(task.starts.gather([0, 11]), [0] * 2, range(2))
@@ -328,6 +329,19 @@ def test_a_run_goes_on_from_a_world(whole, data, tmp_path):
         fit_run.recorded(settings | {"out": str(tmp_path / "other"), "width": 64})
 
 
+def test_a_world_that_went_on_sees_further_back(data, tmp_path):
+    """Frames that the first world did not see count nothing at first."""
+    settings = SMALL | {"data": str(data), "out": str(tmp_path / "first"), "recent": 1}
+    fit_run.recorded(settings)
+    settings |= {"init": str(tmp_path / "first"), "out": str(tmp_path / "next"), "recent": 2}
+    settings.pop("party")
+    made = FitParty(FitPartyConfig(**settings)).nano
+    old = party_nano.load_party(tmp_path / "first").dynamics.dit.patch_embedding.weight
+    new = made.dynamics.dit.patch_embedding.weight
+    assert 2 * new.shape[1] == 3 * old.shape[1] and made.cfg.dynamics.recent == 2
+    assert torch.equal(new[:, :old.shape[1]], old) and not new[:, old.shape[1]:].any()
+
+
 def test_squashed_rewards_come_back():
     """A head that fits the squashed reward exactly pays the true one."""
     cfg = PartyOutcomeConfig(latent_chw=(2, 4, 4), channels=2, actions=5, squash=True)
@@ -365,7 +379,8 @@ def test_position_weight_counts_positions():
 @pytest.mark.parametrize("changes, message", [
     ({"games": ("chess",)}, "no recordings of this game"), ({"batch": 0}, "impossible length"),
     ({"alone_share": 0.0}, "impossible shares"), ({"ablation": "no-eyes"}, "no such ablation"),
-    ({"window": 0}, "impossible length"), ({"balance": "teams"}, "no such balance")])
+    ({"window": 0}, "impossible length"),
+    ({"recent": 3}, "outside its window"), ({"balance": "teams"}, "no such balance")])
 def test_refusals(data, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         fit_run.recorded(SMALL | {"data": str(data), "out": str(tmp_path / "x")} | changes)

@@ -61,7 +61,7 @@ def test_the_loss_is_that_of_spec_4_6():
     seen = {}
     model.register_forward_hook(lambda m, a, y: seen.update(given=a, flow=y))
     loss, logs = party_loss(model, model.cfg, data, generator(), how)
-    latents, states, actions, valid, _, sigma, noise, state_noise, level, _, context, _ = seen[
+    latents, states, actions, valid, _, sigma, noise, state_noise, level, _, context, *_ = seen[
         "given"]
     assert torch.equal(context, states) and not level.any()
     u = np.linspace(1, 0, 1001)[:-1]
@@ -99,6 +99,28 @@ def test_what_does_not_count():
     close(again, loss, 1e-6)
     other["latents_BFChw"][0, 2] += 1
     assert abs(float(party_loss(model, model.cfg, other, generator())[0] - loss)) > 1e-3
+
+
+def test_frames_that_are_only_looked_back_at():
+    """With a lead the loss is that of the frames after it; those before are seen all the same."""
+    model = PartyDynamics(nano_config(CHW, 1, 32, 1, recent=2, slots=SLOTS, actions=ACTIONS))
+    model.initialize(generator(3))
+    for head in (model.dit.head.head, model.subjects.head):
+        torch.nn.init.normal_(head.weight, std=0.2, generator=generator(4))
+    data = batch(frames=5) | {"game_B": torch.zeros(3)}
+    data.pop("text_BLD")
+    how = PartyLossConfig(forcing="alone", lead=2)
+    exists = torch.ones(3, 5)
+    exists[:, 1:3] = 0
+    of_lead = party_loss(model, model.cfg, data, generator(), how)[0]
+    of_all = party_loss(model, model.cfg, data | {"exists_BF": exists}, generator(),
+                        PartyLossConfig(forcing="alone"))[0]
+    assert torch.allclose(of_lead, of_all, rtol=1e-5)
+    other = data | {"latents_BFChw": data["latents_BFChw"].clone()}
+    other["latents_BFChw"][:, 2] += 1
+    assert not torch.allclose(party_loss(model, model.cfg, other, generator(), how)[0], of_lead)
+    with pytest.raises(ConfigError, match="look back"):
+        PartyLossConfig(lead=1)
 
 
 def test_the_video_stage_has_no_subjects():

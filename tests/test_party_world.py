@@ -31,7 +31,8 @@ KINDS = {"published": {}, "facing": dict(subjects=dict(facing=True)),
                                                               rope_sa=False)),
          "no MCA": dict(subjects=dict(mca="none")), "pooled": dict(subjects=dict(pooled=True)),
          "guided, UniPC": dict(guidance=2.0, solver_steps=3), "sink": dict(sink=1),
-         "tiles": dict(tiles=(12, 20))}
+         "tiles": dict(tiles=(12, 20)), "no memory, four frames": dict(subjects=dict(
+             recent=3, window=1))}
 
 
 @pytest.fixture(scope="module")

@@ -252,7 +252,7 @@ class PartyDynamics(nn.Module):
                 valid_BN: Tensor, text_BLD: Tensor, sigma_BF: Tensor,
                 noise_BFChw: Tensor, state_noise_BFNS: Tensor, level_BF: Tensor,
                 level_noise_BFChw: Tensor, context_states_BFNS: Tensor,
-                forcing: str = "teacher") -> tuple[Tensor, Tensor]:
+                forcing: str = "teacher", lead: int = 0) -> tuple[Tensor, Tensor]:
         """Flows of every frame's latents (B, F, C, h, w) and states (B, F, N, S).
 
         Args:
@@ -262,6 +262,7 @@ class PartyDynamics(nn.Module):
             forcing: "teacher": the sequence is [context | noisy], each noisy frame sees the context
                 before it and itself; "diffusion": each noisy frame sees the noisy ones before it;
                 "alone": itself only, with the recent frames beside it (needs ``recent``).
+            lead: with "alone", so many frames after the first are only looked back at.
         """
         b, f = sigma_BF.shape
 
@@ -277,7 +278,7 @@ class PartyDynamics(nn.Module):
         text_kv = self.dit.text(text_BLD) if self.cfg.wan.text_len else None
         if forcing == "alone":
             return self._alone(noisy, states, sigma_BF, actions_BFN, earlier, valid_BN, text_kv,
-                               recent)
+                               recent, 1 + lead)
         index, times = torch.arange(f, device=sigma_BF.device), 1
         frames, t = causal_frame_mask(block_ids(f, 1), self.cfg.window), 1000 * sigma_BF
         if forcing == "teacher":
@@ -296,19 +297,19 @@ class PartyDynamics(nn.Module):
     def _alone(self, noisy_BFChw: Tensor, states_BFNS: Tensor, sigma_BF: Tensor,
                actions_BFN: Tensor, before_BFNS: Tensor, valid_BN: Tensor,
                text_kv: list[tuple[Tensor, Tensor]] | None,
-               recent_BRFhw: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Flows of frames 1.. each by itself; zeros for frame 0, which nothing led to."""
+               recent_BRFhw: Tensor | None, first: int = 1) -> tuple[Tensor, Tensor]:
+        """Flows of frames ``first``.. each by itself; zeros before (nothing led to frame 0)."""
         b, f = sigma_BF.shape
 
-        def each(x: Tensor) -> Tensor:  # frames 1.. as clips of one frame
-            return x[:, 1:].flatten(0, 1)[:, None]
+        def each(x: Tensor) -> Tensor:  # the frames as clips of one frame
+            return x[:, first:].flatten(0, 1)[:, None]
 
         def back(x: Tensor) -> Tensor:
-            x = x.unflatten(0, (b, f - 1))
-            return torch.cat([torch.zeros_like(x[:, :1]), x], 1)
+            x = x.unflatten(0, (b, f - first))
+            return torch.cat([torch.zeros_like(x[:, :1]).expand(-1, first, *x.shape[2:]), x], 1)
 
-        valid = valid_BN.repeat_interleave(f - 1, 0)
-        text = [(k.repeat_interleave(f - 1, 0), v.repeat_interleave(f - 1, 0))
+        valid = valid_BN.repeat_interleave(f - first, 0)
+        text = [(k.repeat_interleave(f - first, 0), v.repeat_interleave(f - first, 0))
                 for k, v in text_kv or []]
         flow_v, flow_s = self.joint(
             each(noisy_BFChw).transpose(1, 2), each(states_BFNS), 1000 * each(sigma_BF),

@@ -33,7 +33,8 @@ class PartyLossConfig:
     ``bell``: the published weight of noise levels, which vanishes at pure noise: right for
     many-step samplers only; ``context_noise``: half of the clips see latents noised up to this;
     ``jitter``: half of the clips see states moved by this many cells (standard deviation), so that
-    a rollout survives its own errors; ``drop_text``, ``drop_actions``: shares without them, for
+    a rollout survives its own errors; ``lead``: frames after the first that are only looked back
+    at, with forcing "alone"; ``drop_text``, ``drop_actions``: shares without them, for
     guidance.
     """
 
@@ -46,6 +47,7 @@ class PartyLossConfig:
     bell: bool = False
     context_noise: float = 0.1
     jitter: float = 0.25
+    lead: int = 0
     drop_text: float = 0.1
     drop_actions: float = 0.1
 
@@ -55,6 +57,11 @@ class PartyLossConfig:
             raise ConfigError("impossible training", given=f"{self.stage!r}, {self.forcing!r}",
                               expected="stage video or joint; forcing teacher, diffusion or alone",
                               fix="correct the setting")
+        if self.lead < 0 or self.lead and self.forcing != "alone":
+            raise ConfigError("frames to look back at need frames by themselves",
+                              given=f"lead {self.lead}, {self.forcing!r}",
+                              expected="lead >= 0, above 0 with forcing alone only",
+                              fix="set lead=0, or forcing=\"alone\"")
 
 
 def party_loss(model: nn.Module, cfg: PartyConfig, batch: dict[str, Tensor],
@@ -91,9 +98,9 @@ def party_loss(model: nn.Module, cfg: PartyConfig, batch: dict[str, Tensor],
     actions = torch.where((draw(torch.rand, 1) < how.drop_actions)[..., None],
                           cfg.subjects.null, actions)
     flow_v, flow_s = model(latents, states, actions, valid, text, sigma, noise, state_noise, level,
-                           draw(torch.randn, *latents.shape[1:]), moved, how.forcing)
+                           draw(torch.randn, *latents.shape[1:]), moved, how.forcing, how.lead)
     weight = batch.get("exists_BF", torch.ones(b, f)).to(latents).clone()
-    weight[:, 0] = 0
+    weight[:, :1 + how.lead] = 0
     if how.bell:
         weight = weight * FlowTable(how.shift).weight(1000 * sigma)
     cells = batch.get("weight_BFhw")

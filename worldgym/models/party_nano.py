@@ -121,7 +121,7 @@ class PartyNano(nn.Module):
         schedule = UniPC(cfg.solver_steps, shift=cfg.shift) if cfg.solver_steps else FewStep(
             tuple(cfg.steps), tuple(t / 1000 for t in cfg.steps))
         spec = party_spec(cfg.name, cfg.codec.frame_hw, cfg.dynamics.latent_chw, sub.slots,
-                          sub.actions, cfg.dynamics.window, cfg.fps)
+                          sub.actions, cfg.dynamics.window, cfg.fps, cfg.dynamics.recent)
         return PartyWorld(
             spec, self.codec, self.dynamics, LearnedPartyOutcome(self.outcome, cfg.end_scale),
             SinkWindow(cfg.dynamics.window, cfg.sink), schedule,

@@ -23,7 +23,7 @@ from worldgym.noise import PASSES, normal, uniform
 from worldgym.rollout import Block, CausalStepper, Guided
 from worldgym.schedule import FewStep, UniPC
 from worldgym.spec import WorldSpec
-from worldgym.state import Starts, WorldState
+from worldgym.state import Starts, Tables, WorldState
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,11 @@ class PartyWorld(World):
                               given=f"{spec.subjects} subjects, actions {spec.action.sizes}",
                               expected=f"{sub.slots} subjects with {sub.actions} actions each",
                               fix="build the spec with party_spec")
+        window, recent = dynamics.cfg.window, dynamics.cfg.recent
+        if 1 < window <= recent:
+            raise ConfigError("frames beside a frame lie outside its window",
+                              given=f"window {window}, recent {recent}",
+                              expected="window 1, or above recent", fix="change one of them")
         self.party, self.sub, self.guidance = dynamics, sub, guidance
         # anchors need the frame before; without an action mask, tokens see the window's actions
         least = 2 if sub.mca != "none" else dynamics.cfg.window + 1
@@ -183,6 +188,12 @@ class PartyWorld(World):
         where = tuple(torch.from_numpy(i).to(self.device) for i in (rows_B1, reach_BK))
         return {"subjects": states[where], "controls": features_BKA[where].long(),
                 "valid": valid, "ended": torch.zeros_like(valid), "game": game}
+
+    def _remember(self, latents_BKChw: Tensor, features_BKA: Tensor, length_B: np.ndarray,
+                  starts: Starts, extra: dict[str, Tensor]) -> Tables:
+        if self.party.cfg.window == 1:  # older frames are seen beside the newest only
+            return self.stepper.empty(len(latents_BKChw))
+        return super()._remember(latents_BKChw, features_BKA, length_B, starts, extra)
 
     def _past(self, past_BCKhw: Tensor, features_BKA: Tensor, index_BK: np.ndarray,
               starts: Starts, extra: dict[str, Tensor]) -> tuple[Tensor, Block]:
@@ -302,8 +313,11 @@ def snap(states_BNS: Tensor, cells_B4: Tensor) -> Tensor:
 
 
 def party_spec(name: str, frame_hw: tuple[int, int], latent_chw: tuple[int, int, int], slots: int,
-               actions: int, window: int, fps: float = 8.0) -> WorldSpec:
-    """Public sizes of a party world: ``slots`` players with ``actions`` actions each."""
+               actions: int, window: int, fps: float = 8.0, recent: int = 0) -> WorldSpec:
+    """Public sizes of a party world: ``slots`` players with ``actions`` actions each.
+
+    ``window``, ``recent``: see ``PartyConfig``; a start may have as many frames as either sees.
+    """
     action = ActionSpec(kind="multi_discrete", shape=(slots,), sizes=(actions,) * slots)
     return WorldSpec(name=name, frame_hw=frame_hw, latent_chw=latent_chw, action=action, fps=fps,
-                     context_frames=window - 1, subjects=slots)
+                     context_frames=max(window - 1, recent), subjects=slots)

@@ -36,6 +36,7 @@ from worldgym.train.provenance import command, machine, started_from
 from worldgym.train.stages import CODEC_BATCH, Stages
 
 OUTCOME_BATCH = 128  # transitions
+SHORT = 8  # one in so many iterations on single frames sees only one frame before them
 EVENTFUL = 0.5  # of these: share that pays or ends a player
 # root mean square step of latents, of positions, and of facing and alive, over thirteen games
 SKIP = (0.6, 0.11, 0.7)
@@ -76,7 +77,9 @@ class FitParty(Stages):
         if not cfg.init:
             return party_nano.fresh(config, cfg.seed)
         made = party_nano.load_party(cfg.init)
-        old = replace(made.cfg.dynamics, window=config.dynamics.window)
+        c, recent = made.cfg.codec.channels, max(cfg.recent, made.cfg.dynamics.recent)
+        old = replace(made.cfg.dynamics, window=config.dynamics.window, recent=recent, wan=replace(
+            made.cfg.dynamics.wan, in_dim=c * (1 + recent)))
         wrong = {k: (a, b) for k, a, b in (
             ("games", made.cfg.games, config.games), ("codec", made.cfg.codec, config.codec),
             ("dynamics", old, config.dynamics)) if a != b}
@@ -86,9 +89,12 @@ class FitParty(Stages):
                                   f"{k} {a}" for k, (a, _) in wrong.items()),
                               expected=", ".join(f"{k} {b}" for k, (_, b) in wrong.items()),
                               fix="fit without --init, or with its games and sizes")
+        weights = {k: v for k, v in made.state_dict().items() if not k.startswith("book.")}
+        name = "dynamics.dit.patch_embedding.weight"  # newest frames first: older ones count from 0
+        weights[name] = torch.nn.functional.pad(
+            weights[name], (0, 0) * 3 + (0, old.wan.in_dim - weights[name].shape[1]))
         started = PartyNano(config)
-        started.load_state_dict({k: v for k, v in made.state_dict().items()
-                                 if not k.startswith("book.")})
+        started.load_state_dict(weights)
         return started.eval()
 
     def _config(self) -> PartyNanoConfig:
@@ -105,6 +111,7 @@ class FitParty(Stages):
             temperature=cfg.temperature,
             reward_range=self._reward_range(),
             dynamics=nano_config(codec.latent_chw, len(self.stores), cfg.width, cfg.layers,
+                                 recent=cfg.recent,
                                  window=cfg.window, patch=(cfg.patch,) * 2, skip=SKIP,
                                  slots=first.agents, actions=actions, facing=True,
                                  **ABLATIONS[cfg.ablation]))
@@ -244,15 +251,22 @@ class FitParty(Stages):
     def _dynamics(self, iterations: int) -> None:
         cfg, group = self.cfg, self.group
         video, alone = int(cfg.video_share * iterations), int(cfg.alone_share * iterations)
-        # single frames: as many as clips have, each with the one before it
+        # single frames: as many as clips have, each with those before it, or (as when an episode
+        # begins) with one of them
         half = max(group.size, cfg.batch // 2 // group.size * group.size)
-        samplers = [self._sampler(2, cfg.batch * (cfg.clip - 1)), self._sampler(cfg.clip, half)]
+        singles = cfg.batch * (cfg.clip - 1)
+        samplers = [self._sampler(cfg.recent + 1, singles), self._sampler(2, singles),
+                    self._sampler(cfg.clip, half)]
+
+        def which(i: int) -> int:
+            return 2 if i >= alone else int(i % SHORT == SHORT - 1)
         how = PartyLossConfig(shift=3.0, state_weight=cfg.state_weight, forcing="alone",
                               position_weight=cfg.position_weight)
 
         def loss(model, data, generator):
             here = replace(how, stage="video" if loop.iteration < video else "joint",
-                           forcing="alone" if loop.iteration < alone else "teacher")
+                           forcing="alone" if loop.iteration < alone else "teacher",
+                           lead=(cfg.recent - 1, 0, 0)[which(loop.iteration)])
             return party_loss(model, self.nano.cfg.dynamics, self._batch(data), generator, here,
                               (group.rank, group.size), group.average)
 
@@ -263,7 +277,7 @@ class FitParty(Stages):
         loop = self.loop("dynamics", iterations, about, lr=cfg.dynamics_lr, decay=0.3, warmup=200,
                          weight_decay=0.02, muon=True, ema=0.995,
                          save_every=max(1, min(100, iterations // 4)))
-        loop.run(lambda i: samplers[i >= alone](i), loss, cfg.tensorboard)
+        loop.run(lambda i: samplers[which(i)](i), loss, cfg.tensorboard)
         self.finish(loop)
 
     def _outcome(self, iterations: int) -> None:
@@ -309,7 +323,8 @@ class FitParty(Stages):
         folder.mkdir(parents=True, exist_ok=True)
         StartBank.joined([StartBank.build(
             store, made.codec.encode, self.train_ids[game], count, seed=cfg.seed + number,
-            context=max(1, made.cfg.dynamics.window - 1), view=self.view, game=number,
+            context=max(made.cfg.dynamics.window - 1, made.cfg.dynamics.recent + 1),
+            view=self.view, game=number,
             states=partial(recorded_states, store, facing=made.cfg.dynamics.subjects.facing))
             for number, (game, store) in enumerate(self.stores.items())]).save(
                 folder / "starts.safetensors")

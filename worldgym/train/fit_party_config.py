@@ -19,8 +19,9 @@ class FitPartyConfig:
     empty: all that are there. Iterations are per part; ``quick``: a minute in all.
     ``halve``: frames at half the recorded size. ``channels``: of the latents, a cell of the map
     each; ``width``, ``layers``: of the dynamics; ``patch``: cells of a side that share a token;
-    ``window``: frames that a step can see while training, ``play_window``: in the world that is
-    written: what fewer cost in quality, they give back in speed.
+    ``recent``: frames before it that a frame always sees, beside it as channels (what a beam hides
+    is behind them); ``window``: frames that a step can see while training, ``play_window``: in the
+    world that is written: what fewer cost in quality, they give back in speed.
     ``init``: world folder to start from, whose codec stays and is not trained.
     ``balance``: "games": each is drawn equally often, or "players": a game of seven players, which
     has more to learn, more often than one of two. ``compile``: fuse the dynamics' operations: an
@@ -54,6 +55,7 @@ class FitPartyConfig:
     width: int = 96
     layers: int = 5
     patch: int = 1
+    recent: int = 3
     window: int = 6
     play_window: int = 1
     steps: tuple[float, ...] = (1000.0, 900.0, 800.0, 700.0, 600.0, 500.0, 400.0)
@@ -77,14 +79,19 @@ class FitPartyConfig:
     def __post_init__(self) -> None:
         counts = (self.codec_iterations, self.dynamics_iterations, self.outcome_iterations)
         if min(*counts, self.batch, self.clip - 1, self.starts, self.seed + 1, self.window,
-               self.play_window,
-               self.horizon, self.channels, self.layers) < 1:
+               self.play_window, self.recent, self.horizon, self.channels, self.layers) < 1:
             raise ConfigError("impossible length of training",
                               given=f"iterations {counts}, batch {self.batch}, clip {self.clip}, "
                                     f"starts {self.starts}, seed {self.seed}, window {self.window},"
-                                    f" horizon {self.horizon}",
-                              expected="iterations, batch, starts, window, horizon >= 1, clip >= 2,"
-                                       " seed >= 0", fix="raise the numbers")
+                                    f" recent {self.recent}, horizon {self.horizon}",
+                              expected="iterations, batch, starts, window, recent, horizon >= 1, "
+                                       "clip >= 2, seed >= 0", fix="raise the numbers")
+        for window in (self.window, self.play_window):
+            if 1 < window <= self.recent:
+                raise ConfigError("frames beside a frame lie outside its window",
+                                  given=f"window {window}, recent {self.recent}",
+                                  expected="a window of 1, or above recent",
+                                  fix="change one of them")
         if self.ablation not in ABLATIONS:
             raise ConfigError("no such ablation", given=self.ablation, expected=[*ABLATIONS],
                               fix="choose one of them")
