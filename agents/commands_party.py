@@ -91,7 +91,8 @@ class FitParty:
         layers: blocks of the network.
         patch: cells of a side that share a token.
         ablation: no-msa, no-mca or pooled: a network to compare with, without what binds actions.
-        window: frames the model sees.
+        recent: frames before it that every frame sees.
+        window: frames the model remembers.
         steps: denoising timesteps of a step.
         book_frames: frames of each game whose tiles drawn cells are replaced by; 0: none.
         starts: start states to keep of each game.
@@ -120,6 +121,7 @@ class FitParty:
     layers: int | None = None
     patch: int | None = None
     ablation: str | None = None
+    recent: int | None = None
     window: int | None = None
     steps: tuple[float, ...] | None = None
     book_frames: int | None = None

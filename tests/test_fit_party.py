@@ -310,6 +310,9 @@ def test_a_run_goes_on_from_a_world(whole, data, tmp_path):
     settings = SMALL | {"data": str(data), "out": str(tmp_path / "next"), "name": "next",
                         "init": str(whole[0]), "balance": "players", "video_share": 0.0,
                         "dynamics_iterations": 2, "outcome_iterations": 1}
+    assert not fit_run.recorded(settings | {"out": str(tmp_path / "same"), "dynamics_iterations": 0,
+                                            "outcome_iterations": 0})
+    same = party_nano.load_party(tmp_path / "same")
     losses = fit_run.recorded(settings)
     assert {k: len(v) for k, v in losses.items()} == {"dynamics": 2, "outcome": 1}
     old, new = (party_nano.load_party(x) for x in (whole[0], tmp_path / "next"))
@@ -319,6 +322,8 @@ def test_a_run_goes_on_from_a_world(whole, data, tmp_path):
         a, b = (torch.cat([p.detach().flatten() for p in getattr(x, part).parameters()])
                 for x in (old, new))
         assert 0 < (a - b).norm() < 0.3 * a.norm()
+        assert torch.equal(a, torch.cat([p.detach().flatten() for p in getattr(
+            same, part).parameters()]))
     made = json.loads((tmp_path / "next/world.json").read_text())["provenance"]
     assert made["config"]["init"] == str(whole[0])
     earlier = json.loads((whole[0] / "world.json").read_text())["provenance"]

@@ -249,6 +249,8 @@ class FitParty(Stages):
         return {k: v.to(self.group.device) for k, v in batch.items()}
 
     def _dynamics(self, iterations: int) -> None:
+        if not iterations:
+            return
         cfg, group = self.cfg, self.group
         video, alone = int(cfg.video_share * iterations), int(cfg.alone_share * iterations)
         # single frames: as many as clips have, each with those before it, or (as when an episode
@@ -281,6 +283,8 @@ class FitParty(Stages):
         self.finish(loop)
 
     def _outcome(self, iterations: int) -> None:
+        if not iterations:
+            return
         cfg, group, head = self.cfg, self.group, self.nano.outcome
         sampler = self._sampler(head.cfg.frames + 1, OUTCOME_BATCH, EVENTFUL)
         head.reward_scale.fill_(1.0)

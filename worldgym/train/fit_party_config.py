@@ -22,7 +22,8 @@ class FitPartyConfig:
     ``recent``: frames before it that a frame always sees, beside it as channels (what a beam hides
     is behind them); ``window``: frames that a step can see while training, ``play_window``: in the
     world that is written: what fewer cost in quality, they give back in speed.
-    ``init``: world folder to start from, whose codec stays and is not trained.
+    ``init``: world folder to start from, whose codec stays and is not trained; with 0 iterations
+    of another part, that part stays, too.
     ``balance``: "games": each is drawn equally often, or "players": a game of seven players, which
     has more to learn, more often than one of two. ``compile``: fuse the dynamics' operations: an
     iteration takes less time, the first ones minutes (needs a C++ compiler).
@@ -78,14 +79,16 @@ class FitPartyConfig:
 
     def __post_init__(self) -> None:
         counts = (self.codec_iterations, self.dynamics_iterations, self.outcome_iterations)
-        if min(*counts, self.batch, self.clip - 1, self.starts, self.seed + 1, self.window,
+        needed = [n + bool(self.init) for n in counts]
+        if min(*needed, self.batch, self.clip - 1, self.starts, self.seed + 1, self.window,
                self.play_window, self.recent, self.horizon, self.channels, self.layers) < 1:
             raise ConfigError("impossible length of training",
                               given=f"iterations {counts}, batch {self.batch}, clip {self.clip}, "
                                     f"starts {self.starts}, seed {self.seed}, window {self.window},"
                                     f" recent {self.recent}, horizon {self.horizon}",
-                              expected="iterations, batch, starts, window, recent, horizon >= 1, "
-                                       "clip >= 2, seed >= 0", fix="raise the numbers")
+                              expected="iterations, batch, starts, window, recent, horizon >= 1 "
+                                       "(iterations 0 only with init), clip >= 2, seed >= 0",
+                              fix="raise the numbers")
         for window in (self.window, self.play_window):
             if 1 < window <= self.recent:
                 raise ConfigError("frames beside a frame lie outside its window",
