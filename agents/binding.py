@@ -40,7 +40,8 @@ Tally = dict[str, np.ndarray]  # metric -> (B, 2): right, of how many
 class Clips:
     """Recorded clips of one game: ``frames_BFHWC`` uint8 with cells of the judges' size,
     ``positions_BFN2`` in [-1, 1], ``orientation_BFN``, ``alive_BFN``, ``actions_BFN`` (row f led to
-    frame f; -1 in row 0 and in free slots), ``valid_BN`` and the episode of each clip."""
+    frame f; -1 in free slots, and in row 0 if nothing before it is given), ``valid_BN`` and the
+    episode of each clip; ``past``: the frames before, ``known_B``: how many of them there are."""
 
     game: str
     frames_BFHWC: np.ndarray
@@ -50,6 +51,8 @@ class Clips:
     actions_BFN: np.ndarray
     valid_BN: np.ndarray
     episode_B: np.ndarray
+    past: Clips | None = None
+    known_B: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.episode_B)
@@ -127,20 +130,32 @@ class Dream:
 
     def _roll(self, clips: Clips, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         world, n = self.world, self.world.sub.slots
-        count = len(rows)
+        count, past = len(rows), clips.past
+        back = 0 if past is None else min(world.spec.context_frames, past.frames_BFHWC.shape[1])
+
+        def start(name: str) -> np.ndarray:
+            now = getattr(clips, name)[rows, :1]
+            if not past or not back:
+                return now
+            return np.concatenate([getattr(past, name)[rows, -back:], now], 1)
+
+        seen = np.ascontiguousarray(start("frames_BFHWC"))
+        latents = world.encode(seen.reshape(-1, *seen.shape[2:])).unflatten(0, seen.shape[:2])
         valid, actions = clips.valid_BN[rows, :n], clips.actions_BFN[rows, :, :n]
-        first = np.ascontiguousarray(clips.frames_BFHWC[rows, 0])
-        given = {"positions": np.nan_to_num(clips.positions_BFN2[rows, :1, :n]),
-                 "orientation": clips.orientation_BFN[rows, :1, :n],
-                 "alive": clips.alive_BFN[rows, :1, :n], "valid": valid,
-                 "actions": actions[:, :1], "latents": world.encode(first)[:, None],
+        shape = (count, back + 1, n)
+        given = {"positions": np.nan_to_num(start("positions_BFN2")[:, :, :n]),
+                 "orientation": start("orientation_BFN")[:, :, :n],
+                 "alive": start("alive_BFN")[:, :, :n], "valid": valid,
+                 "actions": start("actions_BFN")[:, :, :n], "latents": latents,
                  "game": np.full(count, self.games.index(clips.game)),
-                 "rewards": np.zeros((count, 1, n)), "ended": np.zeros((count, 1, n), bool)}
+                 "rewards": np.zeros(shape), "ended": np.zeros(shape, bool)}
         states = batch_of(given, world.sub.channels > 2)["states_BFNS"]
-        starts = Starts(given["latents"], np.full((count, 1, n), ABSENT), np.ones((count, 1), bool),
-                        np.ones(count, np.int64), states, valid, given["game"])
+        known = np.zeros(count, np.int64) if clips.known_B is None else clips.known_B[rows]
+        told = given["actions"] if back else np.full(shape, ABSENT)
+        starts = Starts(latents, told, (told == ABSENT).all(2), 1 + np.minimum(known, back), states,
+                        valid, given["game"])
         state = world.begin(starts, [self.seed] * count, rows.tolist())
-        frames, kept = [first], [states[:, 0].numpy()]
+        frames, kept = [seen[:, -1]], [states[:, -1].numpy()]
         for step in range(1, clips.frames_BFHWC.shape[1]):
             state, chunk = world.step(state, actions[:, step])
             frames.append(chunk.frames()[:, -1].cpu().numpy())
@@ -149,8 +164,12 @@ class Dream:
 
 
 def choose_clips(store: Episodes, game: str, ids: Sequence[int] | np.ndarray, *,
-                 steps: int = max(STEPS), clips: int = 6, cell_px: int = 4) -> Clips:
-    """``clips`` clips of ``steps`` steps from each of these episodes, evenly spread over it."""
+                 steps: int = max(STEPS), clips: int = 6, cell_px: int = 4,
+                 context: int = 0) -> Clips:
+    """``clips`` clips of ``steps`` steps from each of these episodes, evenly spread over it.
+
+    ``context``: frames before each that a world with a memory is given, too, where there are any.
+    """
     rows, episodes = [], []
     for i in np.asarray(ids, np.int64):
         spare = int(store.lengths[i]) - steps
@@ -162,13 +181,23 @@ def choose_clips(store: Episodes, game: str, ids: Sequence[int] | np.ndarray, *,
     if not rows:
         raise DatasetError("nothing to judge", given=f"{game}: {len(ids)} episodes",
                            expected=f"one of {steps} steps or more", fix="record longer episodes")
-    where = np.stack(rows)
-    actions = store.take("actions", where).astype(np.int64)
-    actions[:, 0] = ABSENT
-    return Clips(game, in_size(store.take("frames", where), cell_px),
-                 store.take("info_position", where), store.take("info_orientation", where),
-                 store.take("info_alive", where), actions, store.take("info_valid", where[:, 0]),
-                 np.array(episodes))
+    where, number = np.stack(rows), np.array(episodes)
+    valid = store.take("info_valid", where[:, 0])
+
+    def read(where: np.ndarray, **more: Any) -> Clips:
+        return Clips(game, in_size(store.take("frames", where), cell_px),
+                     store.take("info_position", where), store.take("info_orientation", where),
+                     store.take("info_alive", where),
+                     store.take("actions", where).astype(np.int64), valid, number, **more)
+
+    if not context:
+        out = read(where)
+        out.actions_BFN[:, 0] = ABSENT
+        return out
+    begin = store.starts[number]
+    before = where[:, :1] + np.arange(-context, 0)
+    past = read(np.maximum(before, begin[:, None]))
+    return read(where, past=past, known_B=np.minimum(where[:, 0] - begin, context))
 
 
 @dataclass(frozen=True, slots=True)

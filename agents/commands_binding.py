@@ -103,7 +103,8 @@ class Binding:
         tiles = _judges(self.tiles, cell_px, stores, self.out, TilesConfig)
         _, held_out = split_party(stores)
         clips = {g: binding.choose_clips(store, g, held_out[g], steps=max(self.steps),
-                                         clips=self.clips, cell_px=cell_px)
+                                         clips=self.clips, cell_px=cell_px,
+                                         context=model.world.spec.context_frames)
                  for g, store in stores.items()}
         kept: dict[str, Any] = {}
 

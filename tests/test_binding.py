@@ -231,13 +231,42 @@ def test_clips_stay_within_their_episodes(data):
     assert (some.actions_BFN[:, 0] == -1).all() and (some.actions_BFN[:, 1:, :3] >= 0).all()
 
 
-def write_world(folder, facing):
+def test_a_world_with_a_memory_is_given_the_frames_before(data):
+    """As many as it can use and as there are: what lies further back changes nothing."""
+    store = open_party(data)["fixed"]
+    some = choose_clips(store, "fixed", [2, 5], steps=12, clips=4, context=3)
+    plain = choose_clips(store, "fixed", [2, 5], steps=12, clips=4)
+    np.testing.assert_array_equal(some.frames_BFHWC, plain.frames_BFHWC)
+    whole = store.episode(5)
+    assert some.known_B[4] == 0 and some.known_B[7] == 3 and len(whole["frames"]) > 15
+    np.testing.assert_array_equal(some.past.frames_BFHWC[7, -1], whole["frames"][-14])
+    np.testing.assert_array_equal(some.past.actions_BFN[7, -1], whole["actions"][-14])
+    made = random_world(facing=True, window=1, recent=2)
+    for head in (made.dynamics.dit.head.head, made.dynamics.subjects.head):
+        torch.nn.init.normal_(head.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    roll = Dream(made.world(), ["fixed", "redrawn"])
+    base = roll(some).frames_BFHWC
+    far, near = (replace(some.past, frames_BFHWC=some.past.frames_BFHWC.copy()) for _ in range(2))
+    far.frames_BFHWC[:, 0] = 255  # of three, the world sees two
+    near.frames_BFHWC[:, 2] = 255
+    np.testing.assert_array_equal(roll(replace(some, past=far)).frames_BFHWC, base)
+    other = roll(replace(some, past=near)).frames_BFHWC
+    first = some.known_B == 0  # nothing is before an episode
+    np.testing.assert_array_equal(other[first], base[first])
+    assert all((other[i, 1] != base[i, 1]).any() for i in np.flatnonzero(~first))
+
+
+def random_world(**dynamics):
     """A random world of both games on frames of 32 x 40."""
     codec = CodecConfig(frame_hw=(32, 40), channels=4, width=8, deep_width=16)
-    cfg = party_nano.PartyNanoConfig(
+    return party_nano.fresh(party_nano.PartyNanoConfig(
         name="random", codec=codec, games=("fixed", "redrawn"), outcome_width=8, steps=(1000.0,),
-        dynamics=nano_config(codec.latent_chw, 2, 32, 1, 16, slots=4, actions=8, facing=facing))
-    party_nano.save(party_nano.fresh(cfg), folder, {})
+        dynamics=nano_config(codec.latent_chw, 2, 32, 1, 16, slots=4, actions=8, **dynamics)))
+
+
+def write_world(folder, facing):
+    """Its folder."""
+    party_nano.save(random_world(facing=facing), folder, {})
     return folder
 
 
