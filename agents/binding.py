@@ -135,7 +135,7 @@ class Dream:
 
         def start(name: str) -> np.ndarray:
             now = getattr(clips, name)[rows, :1]
-            if not past or not back:
+            if past is None or not back:
                 return now
             return np.concatenate([getattr(past, name)[rows, -back:], now], 1)
 

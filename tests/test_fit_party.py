@@ -313,6 +313,7 @@ def test_a_run_goes_on_from_a_world(whole, data, tmp_path):
     assert not fit_run.recorded(settings | {"out": str(tmp_path / "same"), "dynamics_iterations": 0,
                                             "outcome_iterations": 0})
     same = party_nano.load_party(tmp_path / "same")
+    assert same.cfg.end_scale == 1
     losses = fit_run.recorded(settings)
     assert {k: len(v) for k, v in losses.items()} == {"dynamics": 2, "outcome": 1}
     old, new = (party_nano.load_party(x) for x in (whole[0], tmp_path / "next"))
@@ -324,6 +325,9 @@ def test_a_run_goes_on_from_a_world(whole, data, tmp_path):
         assert 0 < (a - b).norm() < 0.3 * a.norm()
         assert torch.equal(a, torch.cat([p.detach().flatten() for p in getattr(
             same, part).parameters()]))
+    (tmp_path / "next/training/outcome.ckpt").unlink()
+    fit_run.recorded(settings | {"snapshot": str(tmp_path / "early")})
+    assert party_nano.load_party(tmp_path / "early").cfg.end_scale == 1  # its first world's heads
     made = json.loads((tmp_path / "next/world.json").read_text())["provenance"]
     assert made["config"]["init"] == str(whole[0])
     earlier = json.loads((whole[0] / "world.json").read_text())["provenance"]

@@ -82,12 +82,12 @@ class CellBook(nn.Module):
             if not len(tiles):
                 continue
             rows = game_B == game
-            size = tiles.square().sum(1)
-            score = F.linear(_cells(latents_BChw[rows]), 2 * tiles, -size)
+            mine, twice, size = latents_BChw[rows], 2 * tiles, tiles.square().sum(1)
+            score = F.linear(_cells(mine), twice, -size)
             if self.prior:
-                was = F.linear(_cells(before_BChw[rows]), 2 * tiles, -size).argmax(1)
+                was = F.linear(_cells(before_BChw[rows]), twice, -size).argmax(1)
                 score += self.prior * self.chances(game)[was]
-            b, c, h, w = latents_BChw[rows].shape
+            b, c, h, w = mine.shape
             drawn = tiles[score.argmax(1)].view(b, h * w, c).transpose(1, 2)
             out[rows] = drawn.reshape(b, c, h, w)
         return out

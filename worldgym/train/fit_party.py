@@ -316,8 +316,9 @@ class FitParty(Stages):
             self.normalise(self._any, np.arange(self.ends[-1]))
         early = done["dynamics"] <= int(cfg.alone_share * cfg.dynamics_iterations)
         window = 1 if early else min(cfg.play_window, cfg.window)
-        # untrained heads end half of the players in every step
-        made = self._seeing(window, **({} if done["outcome"] else {"end_scale": 0.0}))
+        # untrained heads end half of the players in every step; those of ``init`` are trained
+        heads = done["outcome"] or cfg.init
+        made = self._seeing(window, **({} if heads else {"end_scale": 0.0}))
         self._write(folder, made, done)
         return folder
 

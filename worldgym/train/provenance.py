@@ -40,9 +40,6 @@ def started_from(init: str | None) -> dict:
     """What the card of the world that a fit started from says of its making, and so on back."""
     if not init:
         return {}
-    try:
-        made = json.loads((Path(init) / CARD).read_text()).get("provenance", {})
-    except (OSError, ValueError):
-        made = {}
+    made = json.loads((Path(init) / CARD).read_text()).get("provenance", {})
     kept = ("command", "seed", "training_seconds", "machine", "torch", "date", "started_from")
     return {"started_from": {k: made[k] for k in kept if k in made}}
