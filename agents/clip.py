@@ -14,15 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from worldgym import checkpoint
 from worldgym.agents.results import atomic_bytes
 from worldgym.agents.video import write
 from worldgym.clip import FPS, ClipSize, Prompt, Sampler, make_latents
+from worldgym.envs.pixels import read_picture
 from worldgym.errors import CheckpointError, ConfigError, DatasetError
-from worldgym.extras import need
 from worldgym.gamepad import Gamepad, read_parquet
 from worldgym.models.offload import offload
 from worldgym.models.scope_files import ScopeFolder, layout_fingerprint
@@ -98,17 +97,6 @@ def jobs(image: Path, actions: Path, out: Path) -> list[Job]:
     return [Job(*job) for job in zip(pictures, rows, films, strict=True)]
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An RGB picture, uint8 (H, W, 3)."""
-    pictures = need("PIL.Image", "reading pictures", "wan")
-    try:
-        with pictures.open(path) as picture:
-            return np.array(picture.convert("RGB"))
-    except OSError as error:
-        raise DatasetError("picture cannot be read", given=f"{path} ({error})",
-                           expected=f"one of {PICTURES}", fix="convert it to PNG") from error
-
-
 def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -143,7 +131,7 @@ class ClipMaker:
     def plan(self, job: Job) -> tuple[Request, ClipSize, Gamepad]:
         """What a job asks for, with every rule checked before anything is loaded."""
         rows = read_parquet(job.actions)
-        read_image(job.image)
+        read_picture(job.image)
         size = ClipSize.fitting(self.height, self.width, self.frames or len(rows),
                                 "down" if self.rounding else None)
         pad = rows.fit(size.frames, pad=self.rounding).check_range()
@@ -187,7 +175,7 @@ class ClipMaker:
             checkpoint.save(job.part, {"sample": x}, {"done": done, "request": asdict(request)})
 
         latents = make_latents(
-            dit, vae, prompt, size, image_HWC=read_image(job.image),
+            dit, vae, prompt, size, image_HWC=read_picture(job.image),
             mouse_BNJ=torch.from_numpy(pad.sticks_N4)[None],
             keyboard_BNK=torch.from_numpy(pad.buttons_N6)[None], seed=self.seed,
             sampler=self.sampler, start=start, watch=watch)

@@ -181,4 +181,4 @@ def test_jobs(place):
             clip.jobs(*wrong)
     (place / "images" / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="cannot be read"):
-        clip.read_image(place / "images" / "a.png")
+        clip.read_picture(place / "images" / "a.png")
