@@ -16,7 +16,7 @@ class FitRooms:
         out: world folder to make.
         stage: how the dynamics are trained: whole, in one go; or in the stages of the paper, causal
             (the student), teacher, forcing (the student of --init by the teacher of --teacher).
-        init: world folder to start from; its codec, heads and sizes are kept (not for whole).
+        init: world folder to start from; its codec, heads and sizes are kept.
         teacher: world folder of the teacher, over the same codec (forcing).
         name: name of the world.
         codec_iterations: length of the codec's training.

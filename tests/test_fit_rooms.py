@@ -154,13 +154,29 @@ def test_the_published_stages_make_worlds_over_one_codec(data, folder, monkeypat
     other.codec.mean += 1
     nano.save(other, root / "strange", {}, rooms.KIND)
     for what, wrong in (("same latents", {**folders, "teacher": str(root / "strange")}),
-                        ("stage and folders", {"init": first}),
+                        ("stage and folders", {"init": first}), ("stage and folders", {}),
                         ("does not fit", {**folders, "width": 64})):
         with pytest.raises(ConfigError, match=what):
             fit_rooms(FitRoomsConfig(**{"data": str(data), "out": str(root / "no"),
                                         "stage": "forcing", **few, **wrong}))
     with pytest.raises(ConfigError, match="stage and folders"):
-        FitRoomsConfig(data=str(data), out=str(root / "no"), init=first)
+        FitRoomsConfig(data=str(data), out=str(root / "no"), init=first, teacher=first)
+
+
+def test_a_fit_goes_on_from_a_world_with_other_positions(data, folder):
+    """Codec and heads stay, the dynamics learn on, and the card tells from where."""
+    out = data.parent / "plain"
+    fit_rooms(FitRoomsConfig(data=str(data), out=str(out), init=str(folder), positions="plain",
+                             **{**SMALL, "dynamics_iterations": 4}))
+    old, new = rooms.load_net(folder), rooms.load_net(out)
+    assert (old.cfg.positions, new.cfg.positions) == ("reframed", "plain")
+    for part in ("codec", "outcome"):
+        assert all(torch.equal(v, getattr(old, part).state_dict()[k])
+                   for k, v in getattr(new, part).state_dict().items())
+    assert any(not torch.equal(v, old.dynamics.state_dict()[k])
+               for k, v in new.dynamics.state_dict().items())
+    made = json.loads((out / nano.CARD).read_text())["provenance"]
+    assert "fit-rooms" in made["started_from"]["command"] and "--positions plain" in made["command"]
 
 
 def make(folder):

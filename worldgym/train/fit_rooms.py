@@ -43,12 +43,13 @@ class FitRoomsConfig(FitConfig):
 
     ``draws``: noisy versions of a chunk that share one context pass; ``channels``: of the latents;
     ``stem``: 2 for latent cells of 4 pixels, 4 for 8; ``total``, ``temporal``: frames of a context,
-    and the newest of them; ``positions``, ``memory``: see ``RoomsConfig``.
+    and the newest of them; ``positions``, ``memory``: see ``RoomsConfig``, where the defaults are.
     ``stage``: how the dynamics are trained; "whole": with clean or slightly noised contexts;
     "causal": every chunk with a noise level of its own, contexts included; "teacher": four chunks
     at once; "forcing": the student ``init`` by the teacher of the folder ``teacher``, with
     ``student_lr``, ``critic_lr`` and ``critic_updates`` (the published rates are for billions of
-    weights, these for small ones). ``init`` (not for "whole"): codec, heads, sizes, memory are its.
+    weights, these for small ones). ``init``: codec, heads and sizes are its, and what is not given
+    of positions and memory.
     """
 
     codec_iterations: int = 4000
@@ -62,8 +63,8 @@ class FitRoomsConfig(FitConfig):
     stem: int = 4
     total: int = 16
     temporal: int = 8
-    positions: str = "reframed"
-    memory: str = "memory"
+    positions: str | None = None
+    memory: str | None = None
     stage: str = "whole"
     teacher: str | None = None
     student_lr: float = 2e-5
@@ -72,15 +73,13 @@ class FitRoomsConfig(FitConfig):
 
     def __post_init__(self) -> None:
         FitConfig.__post_init__(self)
-        needs = {"init": self.stage == "forcing", "teacher": self.stage == "forcing"}
-        may = {"init": self.stage != "whole", "teacher": self.stage == "forcing"}
-        given = {name: getattr(self, name) is not None for name in needs}
-        if self.stage not in STAGES or any(
-                (needs[n] and not given[n]) or (given[n] and not may[n]) for n in needs):
+        forcing = self.stage == "forcing"
+        if self.stage not in STAGES or (self.teacher is not None) != forcing or (
+                forcing and self.init is None):
             raise ConfigError("stage and folders do not fit",
                               given=f"stage {self.stage}, init {self.init}, teacher {self.teacher}",
-                              expected=f"one of {STAGES}; rooms are fitted from scratch in stage "
-                              "whole; forcing needs init (the student) and teacher",
+                              expected=f"one of {STAGES}; forcing needs init (the student) and "
+                              "teacher, the others take no teacher",
                               fix="see worldgym fit-rooms --help")
 
 
@@ -198,22 +197,49 @@ class FitRooms(Fit):
         if cfg.draws < 1:
             raise ConfigError("no noisy version of a chunk", given=f"draws {cfg.draws}",
                               expected="draws >= 1", fix="leave it out")
+        if cfg.init:
+            return self._started(cfg.name or Path(cfg.out).resolve().name, self._own())
         codec = CodecConfig(frame_hw=tuple(self.episodes.frame_hw),  # type: ignore[arg-type]
                             channels=cfg.channels, stem=cfg.stem)
         _, h, w = codec.latent_chw
         patch = cfg.patch or (2 if h % 2 == 0 else 1, 2 if w % 2 == 0 else 1)
-        own = {k: v for k, v in (("steps", cfg.steps and tuple(cfg.steps)),
-                                 ("temperature", cfg.temperature)) if v is not None}
         wan = nano.dit_config(cfg.channels, 0, cfg.width or 128, cfg.layers or 6,
                               patch=(patch[0], patch[1]))
         config = RoomsConfig(
             name=cfg.name or Path(cfg.out).resolve().name, labels=tuple(recipe["labels"]),
             move=recipe["move"], turn=recipe["turn"], K=tuple(np.ravel(recipe["K"]).tolist()),
             fps=self.episodes.fps, codec=codec, wan=wan, chunk=int(recipe.get("frames", 4)),
-            total=cfg.total, temporal=cfg.temporal, positions=cfg.positions, memory=cfg.memory,
-            **own)  # type: ignore[arg-type]
+            total=cfg.total, temporal=cfg.temporal, **self._own())  # type: ignore[arg-type]
         self.clips = Clips(self.episodes, config)
         return rooms.fresh(config, cfg.seed)
+
+    def _own(self) -> dict[str, Any]:
+        """Settings of the world that were given, and may differ from those of ``init``."""
+        cfg = self.cfg
+        given = {"steps": cfg.steps and tuple(cfg.steps), "temperature": cfg.temperature,
+                 "positions": cfg.positions, "memory": cfg.memory}
+        return {k: v for k, v in given.items() if v is not None}
+
+    def _started(self, name: str, given: dict) -> Any:
+        """The world of ``init``, checked against data and settings."""
+        cfg, recipe = self.cfg, self.episodes.env["recipe"]
+        assert cfg.init is not None
+        net = rooms.load_net(cfg.init, name=name, fps=self.episodes.fps, **given)
+        old = net.cfg
+        mine = {"frames": tuple(old.codec.frame_hw), "labels": list(old.labels), "chunk": old.chunk,
+                "K": list(old.K), "width": old.wan.dim, "layers": old.wan.num_layers}
+        want = {"frames": tuple(self.episodes.frame_hw), "labels": list(recipe["labels"]),
+                "chunk": int(recipe.get("frames", 4)), "K": np.ravel(recipe["K"]).tolist(),
+                "width": cfg.width or old.wan.dim, "layers": cfg.layers or old.wan.num_layers}
+        wrong = [k for k in mine if mine[k] != want[k]]
+        if wrong:
+            raise ConfigError("the world to start from does not fit",
+                              given=f"{cfg.init} with " + ", ".join(
+                                  f"{k} {mine[k]}" for k in wrong),
+                              expected=", ".join(f"{k} {want[k]}" for k in wrong),
+                              fix="use a world fitted to such recordings, and leave sizes out")
+        self.clips = Clips(self.episodes, old)
+        return net
 
     def _dynamics(self, iterations: int) -> None:
         cfg, group, clips = self.cfg, self.group, self.clips
@@ -253,7 +279,10 @@ class FitRooms(Fit):
         return torch.from_numpy(flat).unflatten(0, rows.shape).to(self.group.device)
 
     def _outcome(self, iterations: int) -> None:
-        """Heads: is the way free, is this the goal."""
+        """Heads: is the way free, is this the goal; those of ``init`` are kept."""
+        if self.cfg.init:
+            self.nano.outcome.eval()
+            return
         cfg, group, clips, data = self.cfg, self.group, self.clips, self.episodes
         n, batch = clips.n, OUTCOME_BATCH
         before = np.concatenate([s + np.arange(0, length - n + 1) for s, length in zip(

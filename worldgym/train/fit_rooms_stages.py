@@ -6,7 +6,6 @@ clip.
 """
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,31 +36,7 @@ class FitRoomsStage(FitRooms):
             raise ConfigError("stages of rooms are trained by one process",
                               given=f"{self.group.size} processes, stage {self.cfg.stage}",
                               expected="1 process", fix="start it without torchrun")
-        if not self.cfg.init:
-            return super()._network()
-        return self._started(self.cfg.name or Path(self.cfg.out).resolve().name, {})
-
-    def _started(self, name: str, given: dict) -> Any:
-        """The world of ``init``, checked against data and settings."""
-        cfg, recipe = self.cfg, self.episodes.env["recipe"]
-        assert cfg.init is not None
-        changes = {} if cfg.steps is None else {"steps": tuple(cfg.steps)}
-        net = rooms.load_net(cfg.init, name=name, fps=self.episodes.fps, **changes)
-        old = net.cfg
-        mine = {"frames": tuple(old.codec.frame_hw), "labels": list(old.labels), "chunk": old.chunk,
-                "K": list(old.K), "width": old.wan.dim, "layers": old.wan.num_layers}
-        want = {"frames": tuple(self.episodes.frame_hw), "labels": list(recipe["labels"]),
-                "chunk": int(recipe.get("frames", 4)), "K": np.ravel(recipe["K"]).tolist(),
-                "width": cfg.width or old.wan.dim, "layers": cfg.layers or old.wan.num_layers}
-        wrong = [k for k in mine if mine[k] != want[k]]
-        if wrong:
-            raise ConfigError("the world to start from does not fit",
-                              given=f"{cfg.init} with " + ", ".join(
-                                  f"{k} {mine[k]}" for k in wrong),
-                              expected=", ".join(f"{k} {want[k]}" for k in wrong),
-                              fix="use a world fitted to such recordings, and leave sizes out")
-        self.clips = Clips(self.episodes, old)
-        return net
+        return super()._network()
 
     def _dynamics(self, iterations: int) -> None:
         {"causal": self._causal, "teacher": self._joint,
@@ -161,11 +136,6 @@ class FitRoomsStage(FitRooms):
         rows = np.stack([clips.rows(e, n) for e, n in zip(episodes, number_BF, strict=True)])
         return Frames.of(self._latents(rows), clips.w2c[rows], clips.labels[rows], clips.K,
                          number_BF)
-
-    def _outcome(self, iterations: int) -> None:
-        if not self.cfg.init:
-            super()._outcome(iterations)
-        self.nano.outcome.eval()
 
     def _provenance(self) -> dict:
         taught = started_from(self.cfg.teacher).get("started_from")
