@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from worldgym.agents import results, tables_party
+from worldgym.agents import results, tables_party, tables_worlds
 from worldgym.agents.results import told
 from worldgym.errors import ConfigError
 
@@ -145,6 +145,9 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "binding": ("party_binding.json", "worldgym binding", tables_party.binding),
     "party_transfer": ("party_transfer.json", "worldgym score-party", tables_party.transfer),
     "party_bench": ("party_bench.json", "worldgym bench party", tables_party.bench),
+    "revisit": ("rooms_revisit.json", "worldgym revisit", tables_worlds.revisit),
+    "walk": ("worldplay_bench.json", "worldgym bench worldplay", tables_worlds.walk),
+    "wham": ("wham_small.json", "python -m worldgym.agents.wham_small", tables_worlds.wham),
 }
 
 
