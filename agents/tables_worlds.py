@@ -1,4 +1,4 @@
-"""README tables of the small WorldPlay and the small WHAM: what they bring back, cost, are worth."""
+"""README tables of the small WorldPlay and the small WHAM: what they show, cost and are worth."""
 
 from __future__ import annotations
 

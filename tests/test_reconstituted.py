@@ -132,6 +132,25 @@ def test_every_fork_has_its_own_future_and_the_common_past():
     assert len(History.from_arrays(History.empty().to_arrays())) == 0
 
 
+def test_a_late_fork_is_what_its_own_past_would_have_made():
+    """Also where it parts in the middle of a chunk, and of views that came back."""
+    turns = np.tile([1] * 4 + [2] * 4, 6)  # out and back: most chunks show what one showed before
+    K, w2c = np.repeat(np.eye(3)[None], 47, 0), walk(turns)
+    labels = np.zeros(47, np.int64)
+
+    def part(past, a, b):
+        return past.append(torch.zeros(b - a, 1, 1, 1), w2c[a:b], K[a:b], labels[a:b])
+
+    whole = part(History.empty(), 0, 47)
+    for length in (8, 18, 41):
+        early = History(length, whole.rows)  # somebody else went on from here
+        made, own = part(early, length, 47), part(part(History.empty(), 0, length), length, 47)
+        assert made.rows is not whole.rows and made.rows.known == own.rows.known
+        for name in ("w2c", "again", "centre", "label"):
+            assert (made.of(name) == own.of(name)).all()
+        assert own.of("again")[::4].sum() > 4
+
+
 def test_cost_of_a_choice_at_2000_latents_stays_small():
     """Published: 50,000 points, 4 x 2 overlaps with each of 497 chunks; here few are counted."""
     memory = Reconstituted()

@@ -168,7 +168,7 @@ class _Rows:
 
     def __init__(self, chunk: int) -> None:
         self.chunk, self.filled, self.latents = chunk, 0, list[Tensor]()
-        self.known: set[bytes] = set()
+        self.known: dict[bytes, int] = {}  # views of a chunk -> where they were seen first
         self.numbers = {"w2c": np.zeros((0, 4, 4)), "K": np.zeros((0, 3, 3)),
                         "label": np.zeros(0, np.int64), "centre": np.zeros((0, 3)),
                         "ahead": np.zeros((0, 3)), "again": np.zeros(0, bool)}
@@ -189,13 +189,16 @@ class _Rows:
             key = (np.round(views, 6) + 0.0).tobytes()  # -0.0 is 0.0
             self.numbers["again"][start] = key in self.known
             if start:  # the first chunk may be kept anyway, and then is no candidate
-                self.known.add(key)
+                self.known.setdefault(key, start)
         self.latents.extend(latents)
         self.filled = end
 
     def head(self, length: int) -> "_Rows":
+        """A copy of the first rows: one of memory, however many they are."""
         new = _Rows(self.chunk)
-        new.add(self.latents[:length], {n: x[:length] for n, x in self.numbers.items()})
+        new.filled, new.latents = length, self.latents[:length]
+        new.numbers = {n: x[:length].copy() for n, x in self.numbers.items()}
+        new.known = {k: s for k, s in self.known.items() if s + self.chunk <= length}
         return new
 
 

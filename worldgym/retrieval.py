@@ -218,12 +218,23 @@ class Distances:
         # where to look first: near, and looking the same way
         self.guess_N = away - ahead[..., 2].reshape(q, n, 2).mean((0, 2))
         self.extra_N = distance_weight * np.minimum(away, 1)
+        self.place_N = np.full(n, -1)  # of a candidate in ``kept``
+        self.kept: Views | None = None
+
+    def _look(self, index: np.ndarray) -> Views:
+        rows = self.rows_NP[index].ravel()
+        return Views(self.position[rows], self.ahead[rows], self.cloud.fov, self.cloud.radius)
+
+    def keep(self, index: np.ndarray) -> None:
+        """Work out the cameras of some candidates, which will be asked for again and again."""
+        self.kept, self.place_N[index] = self._look(index), np.arange(len(index))
 
     def _views(self, index: np.ndarray) -> tuple[Views, np.ndarray]:
-        """The cameras of some candidates: few ever need to be worked out."""
-        rows = self.rows_NP[index].ravel()
-        return Views(self.position[rows], self.ahead[rows], self.cloud.fov,
-                     self.cloud.radius), np.arange(len(rows))
+        """The cameras of some candidates, and where they are."""
+        place, pairs = self.place_N[index], self.rows_NP.shape[1]
+        if self.kept is None or place.min() < 0:
+            return self._look(index), np.arange(len(index) * pairs)
+        return self.kept, (place[:, None] * pairs + np.arange(pairs)).ravel()
 
     def roughly(self, index: np.ndarray) -> np.ndarray:
         """What the distances of some candidates are at least, at first glance."""
@@ -258,6 +269,8 @@ class Distances:
         if len(left) > 2 * most:
             low[left] = self.roughly(left)
             left = left[low[left] <= limit]
+        if len(left):
+            self.keep(left)
         for cells in self.cloud.cells:
             if len(left) <= most:
                 break
