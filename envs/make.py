@@ -83,3 +83,13 @@ def take_cover(**settings: Any) -> DreamEnv:
 def take_cover_vector(num_envs: int = 1, **settings: Any) -> DreamVectorEnv:
     """Entry point of ``gymnasium.make_vec("worldgym/TakeCover-v0")``."""
     return make_dream_vector("worldgym/TakeCover-v0", num_envs, **settings)
+
+
+def take_cover_wham(**settings: Any) -> DreamEnv:
+    """Entry point of ``gymnasium.make("worldgym/TakeCover-WHAM-v0")``."""
+    return make_dream("worldgym/TakeCover-WHAM-v0", **settings)
+
+
+def take_cover_wham_vector(num_envs: int = 1, **settings: Any) -> DreamVectorEnv:
+    """Entry point of ``gymnasium.make_vec("worldgym/TakeCover-WHAM-v0")``."""
+    return make_dream_vector("worldgym/TakeCover-WHAM-v0", num_envs, **settings)

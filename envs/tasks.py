@@ -20,6 +20,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "horizon": 525,  # agent steps: the real game stops after 2,100 tics, 4 tics a step
         "twin": "VizdoomTakeCover-v1",
     },
+    "worldgym/TakeCover-WHAM-v0": {
+        "folder": PACKAGED / "take_cover_wham", "horizon": 525, "twin": "VizdoomTakeCover-v1"},
     "worldgym/Rooms-v0": {"folder": PACKAGED / "rooms"},
 }
 

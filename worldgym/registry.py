@@ -6,6 +6,10 @@ ENVS = {
         "worldgym.envs.make:take_cover",
         "worldgym.envs.make:take_cover_vector",
     ),
+    "worldgym/TakeCover-WHAM-v0": (
+        "worldgym.envs.make:take_cover_wham",
+        "worldgym.envs.make:take_cover_wham_vector",
+    ),
     "worldgym/WHAM-v0": ("worldgym.envs.wham:wham", "worldgym.envs.wham:wham_vector"),
     "worldgym/SCOPE-v0": ("worldgym.envs.scope:scope", "worldgym.envs.scope:scope_vector"),
     "worldgym/WorldPlay-v0": (
