@@ -76,6 +76,7 @@ class Train:
         distrust: cut a dream when fork spread exceeds this.
         penalty: reward taken off per unit of fork spread.
         temperature: of the dream's noise; default: the world's; above it, dreams are harder.
+        slide: frames that a small WHAM drops at once from a full window; default: the world's.
         hazard: reward taken off per unit of danger, the chance of an end soon.
         save_every: steps between checkpoints.
         init: agent.zip whose weights the training begins with.
@@ -97,6 +98,7 @@ class Train:
     distrust: float | None = None
     penalty: float = 0.0
     temperature: float | None = None
+    slide: int | None = None
     hazard: float = 0.0
     save_every: int = 50_000
     init: Path | None = None
@@ -117,7 +119,7 @@ class Train:
             hyperparameters=settings(self.set))
         changes: dict[str, Any] = {n: getattr(self, n) for n in ("distrust", "penalty", "hazard")}
         changes |= {} if self.horizon is None else {"horizon": self.horizon}
-        task = load_task(self.world, temperature=self.temperature, **changes)
+        task = load_task(self.world, temperature=self.temperature, slide=self.slide, **changes)
         if self.real:
             spec = task.world.spec
             done = train.train_in_game(game_maker(task), spec.action, spec.frame_hw, config,
