@@ -136,9 +136,10 @@ def _load(folder: str, stamp: int, device: str,
         from worldgym.models import rooms
 
         small = rooms.load(Path(folder), device, **dict(settings))
-        pictures = rooms.load_starts(folder)
-        return small, WorldPlayStarts(small, list(pictures), [""] * len(pictures), None), dict(
-            described.get("task", {}))
+        saved = rooms.RoomsStarts.load(folder)
+        pictures = list(saved.frames_NHWC)
+        return small, WorldPlayStarts(small, pictures, [""] * len(pictures), None,
+                                      saved.pasts()), dict(described.get("task", {}))
     world = files.load(Path(folder), device, **dict(settings))
     starts = StartBank.load(Path(folder) / "starts.safetensors")
     return world, starts, dict(described.get("task", {}))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from worldgym.data.starts import hash64
 from worldgym.envs.dream import DreamEnv
 from worldgym.envs.make import _split
 from worldgym.envs.pixels import read_picture
@@ -42,23 +43,38 @@ class Clip:
 
 
 class WorldPlayStarts(ScopeStarts):
-    """Where episodes begin: pictures (None: nothing, all is dreamt), each with its prompt."""
+    """Where episodes begin: pictures (None: nothing, all is dreamt), each with its prompt.
+
+    ``pasts``: latents and poses of the walk that led to a picture (None: it is all there is); the
+    episode then remembers what was seen on it.
+    """
 
     def __init__(self, world: Any, pictures: Sequence[np.ndarray | None], prompts: Sequence[str],
-                 encode: Callable[[list[str]], list[Any]] | None) -> None:
+                 encode: Callable[[list[str]], list[Any]] | None,
+                 pasts: Sequence[tuple[Any, np.ndarray] | None] | None = None) -> None:
         super().__init__(world, pictures, prompts, "", encode or (lambda texts: []))  # type: ignore
+        self.pasts = list(pasts or [None] * len(pictures))
+        self.beginnings = np.flatnonzero([past is None for past in self.pasts])
         self.reads = encode is not None
         self.options = ("image", "prompt") if self.reads else ("image",)  # type: ignore
 
     def gather(self, indices: Any) -> Any:
         """These starts (repeats allowed) as ``Starts``."""
-        index, clips = [int(i) for i in indices], []
+        index, clips, poses = [int(i) for i in indices], [], []
         for i in index:
-            picture = self.pictures[i]
-            if picture is not None and i not in self._latents:
+            picture, (latents, c2w) = self.pictures[i], self.pasts[i] or (None, None)
+            if latents is None and picture is not None and i not in self._latents:
                 self._latents[i] = self.world.start_latents(picture[None])
-            clips.append(None if picture is None else self._latents[i])
-        return self._told(clips, [self.prompts[i] for i in index])
+            clips.append(self._latents.get(i) if latents is None else latents)
+            poses.append(c2w)
+        return self._told(clips, [self.prompts[i] for i in index], poses)
+
+    def sample(self, seeds: Any, episodes: Any, beginnings_only: bool = False) -> np.ndarray:
+        """As ``ScopeStarts.sample``; a picture with a walk behind it is no beginning."""
+        if not beginnings_only or not len(self.beginnings):
+            return super().sample(seeds, episodes)
+        index = hash64(seeds, episodes) % np.uint64(len(self.beginnings))
+        return self.beginnings[index.astype(np.int64)]
 
     def last_frames(self, indices: Any) -> np.ndarray:
         """Pictures of these starts, uint8 (B, H, W, 3); black where there is none."""

@@ -199,6 +199,36 @@ def test_the_fitted_world_is_an_environment(folder):
     assert lone.world.temperature == 0.5
 
 
+def test_half_of_the_starts_remember_the_walk_that_led_there(data, folder):
+    task, store = load_task(folder), Episodes.open(data)
+    bank, world = task.starts, task.world
+    assert bank.beginnings.tolist() == [0, 1, 2, 3]
+    assert set(bank.sample(np.arange(60), np.zeros(60, int), beginnings_only=True)) == {0, 1, 2, 3}
+    assert set(bank.sample(np.arange(60), np.zeros(60, int))) == set(range(8))
+    for index in range(4, 8):
+        latents, c2w = bank.pasts[index]
+        assert len(latents) == len(c2w) and len(latents) % 4 == 0 and len(latents) <= 48
+        state = world.begin(bank.gather([index]), [0])
+        assert len(state.extra["past"][0].history) == len(latents)
+        shown = bank.last_frames([index])[0]  # a recorded frame, and no ending
+        row = next(r for r in range(store.rows) if (store.take("frames", np.array([r]))[0] == shown
+                                                    ).all())
+        assert not store.take("terminated", np.array([row]))[0]
+        assert torch.allclose(latents[-1], world.encode(shown[None])[0], atol=2e-2)
+        assert np.allclose(c2w[-1], np.eye(4), atol=1e-6)
+        if (latents[-1] != latents[-2]).any():  # not the standing chunk
+            before, here = store.take("info_pose", np.array([row - 1, row])).astype(np.float64)
+            assert np.allclose(here @ c2w[-2], before, atol=1e-5)
+    env = make(folder)
+    obs, info = env.reset(seed=0, options={"start": 5})
+    assert (obs == bank.pictures[5]).all() and info["start"] == 5
+    env.step(2)
+    kept = env.get_state()
+    one = env.step(1)[0]
+    env.set_state(kept)
+    assert (env.step(1)[0] == one).all()
+
+
 def test_heads_stop_the_camera_at_walls_and_end_the_episode(folder):
     task = load_task(folder)
 

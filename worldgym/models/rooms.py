@@ -247,17 +247,37 @@ def load(folder: str | Path, device: torch.device | str = "cpu", **changes: Any)
     return load_net(folder, **changes).world(device)
 
 
-def save_starts(folder: str | Path, frames_NHWC: np.ndarray) -> None:
-    """Write the pictures that episodes begin with, uint8 (N, H, W, 3)."""
-    checkpoint.save(Path(folder) / "starts.safetensors",
-                    {"frames": torch.from_numpy(np.ascontiguousarray(frames_NHWC))},
-                    {"kind": KIND + ".starts"})
+@dataclass(frozen=True, slots=True)
+class RoomsStarts:
+    """What episodes begin with: pictures uint8 (N, H, W, 3), and for the last M of them the walk
+    that led there: latents (M, K, C, h, w) and poses c2w (M, K, 4, 4), newest last, of which the
+    last ``length_M`` count (whole chunks)."""
 
+    frames_NHWC: np.ndarray
+    latents_MKChw: Tensor
+    c2w_MK44: np.ndarray
+    length_M: np.ndarray
 
-def load_starts(folder: str | Path) -> np.ndarray:
-    """The pictures that episodes begin with."""
-    tensors, header = checkpoint.load_tensors(Path(folder) / "starts.safetensors")
-    if header.get("kind") != KIND + ".starts" or "frames" not in tensors:
-        raise ConfigError("not the starts of a rooms world", given=json.dumps(header)[:80],
-                          expected=KIND + ".starts", fix="fit the world again")
-    return tensors["frames"].numpy()
+    def pasts(self) -> list[tuple[Tensor, np.ndarray] | None]:
+        """Latents and poses (k, ...) behind every picture; None where it is all there is."""
+        walks = [(z[len(z) - k:].float(), c[len(c) - k:]) for z, c, k in zip(
+            self.latents_MKChw, self.c2w_MK44, self.length_M.tolist(), strict=True)]
+        return [None] * (len(self.frames_NHWC) - len(walks)) + walks
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``starts.safetensors``; latents in half precision."""
+        checkpoint.save(Path(folder) / "starts.safetensors", {
+            "frames": torch.from_numpy(np.ascontiguousarray(self.frames_NHWC)),
+            "latents": self.latents_MKChw.half(), "c2w": torch.from_numpy(self.c2w_MK44),
+            "length": torch.from_numpy(self.length_M)}, {"kind": KIND + ".starts"})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "RoomsStarts":
+        """Inverse of ``save``."""
+        tensors, header = checkpoint.load_tensors(Path(folder) / "starts.safetensors")
+        names = ("frames", "latents", "c2w", "length")
+        if header.get("kind") != KIND + ".starts" or not set(names) <= set(tensors):
+            raise ConfigError("not the starts of a rooms world", given=json.dumps(header)[:80],
+                              expected=KIND + ".starts", fix="fit the world again")
+        frames, latents, c2w, length = (tensors[n] for n in names)
+        return cls(frames.numpy(), latents, c2w.numpy(), length.numpy())

@@ -34,6 +34,7 @@ FULL = 0.75  # share of batches with a whole context; the others have a young cl
 FORGETFUL = 0.15  # share of clips that see the newest frames alone, whatever the policy
 NOISED, MOST_NOISE = 0.5, 300.0  # share of clips with a noised context; up to this timestep
 PURE, SHIFT = 0.25, 3.0  # share of pure noise; time shift of the rest
+PAST, SOON = 12, 8  # chunks that a start remembers at most; before the goal
 STAGES = ("whole", "causal", "teacher", "forcing")
 
 
@@ -332,14 +333,40 @@ class FitRooms(Fit):
             data.starts[ids], data.lengths[ids], strict=True)])
 
     def _write(self) -> None:
-        cfg, data = self.cfg, self.episodes
         self.out.mkdir(parents=True, exist_ok=True)
-        rows = self._all_rows(self.train_ids)
-        rows = rows[~data.take("terminated", rows)]
-        pick = np.random.default_rng((cfg.seed, 6)).choice(rows, min(cfg.starts, len(rows)), False)
-        rooms.save_starts(self.out, self._read(np.sort(pick)))
+        self._starts().save(self.out)
         nano.save(self.nano, self.out, {"task": self._task(), "provenance": self._provenance()},
                   rooms.KIND)
+
+    def _starts(self) -> rooms.RoomsStarts:
+        """Half of the starts are pictures, half moments of recorded walks, which they remember;
+        every other one of these is soon followed by the goal, so that there is something to find.
+        """
+        cfg, clips, data = self.cfg, self.clips, self.episodes
+        rng, n = np.random.default_rng((cfg.seed, 6)), clips.n
+        rows = self._all_rows(self.train_ids)
+        rows = rows[~data.take("terminated", rows)]
+        alone = np.sort(rng.choice(rows, min(cfg.starts - cfg.starts // 2, len(rows)), False))
+        ends = data.starts[self.train_ids] + data.lengths[self.train_ids]
+        won = self.train_ids[data.take("terminated", ends)]
+        frames, latents, poses, lengths = [self._read(alone)], [], [], []
+        for i in range(cfg.starts // 2):
+            soon = i % 2 == 0 and len(won) > 0
+            episode = int(rng.choice(won if soon else self.train_ids))
+            most = clips.chunks(episode) - 1  # the last chunk may show the end
+            number = int(rng.integers(max(1, most - SOON) if soon else 1, max(1, most) + 1))
+            seen = np.arange(max(0, number - PAST) * n, number * n)
+            walk = clips.rows(episode, seen)
+            room = np.pad(walk, (PAST * n - len(walk), 0), "edge")
+            frames.append(self._read(walk[-1:]))
+            latents.append(self._latents(room).cpu())
+            poses.append(clips.w2c[walk[-1]] @ camera.inverse(clips.w2c[room]))  # seen from here
+            lengths.append(len(walk))
+        shape = 0, PAST * n, *self.nano.cfg.codec.latent_chw
+        return rooms.RoomsStarts(
+            np.concatenate(frames), torch.stack(latents) if latents else torch.zeros(shape),
+            np.stack(poses) if poses else np.zeros((*shape[:2], 4, 4)),
+            np.array(lengths, np.int64))
 
     def _task(self) -> dict:
         recipe = self.episodes.env["recipe"]
