@@ -214,7 +214,7 @@ class WorldPlayWorld(World):
         for i, length in enumerate(np.asarray(starts.length_B).tolist()):
             past = Past(History.empty(self.memory.chunk), self.video)
             if length > 1:
-                own = latents[i, k - length:]
+                own = latents[i, k - length:].clone()  # not a part of the batch, which it outlives
                 poses = camera.check_poses(c2w[i, k - length:])
                 if length % self.memory.chunk:
                     raise ShapeError("a start of broken chunks", given=f"{length} latent frames",
@@ -326,7 +326,7 @@ class WorldPlayWorld(World):
             latents[where] = made
             for row, i in enumerate(group):
                 streams = self.video.pictures > 1  # else a frame needs none before it
-                film = Film(made[row].transpose(0, 1), pasts[i].film if streams else None)
+                film = Film(made[row].transpose(0, 1).clone(), pasts[i].film if streams else None)
                 grown[i] = Past(histories[row], self.video, film, seen[row])
         return (latents.transpose(1, 2).float().contiguous(),
                 state.extra | {"past": PerSlot(grown)}, state.tables)
