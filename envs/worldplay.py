@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from worldgym.camera import check_poses, inverse
 from worldgym.envs.dream import DreamEnv
 from worldgym.envs.make import _split
 from worldgym.envs.pixels import read_picture
@@ -158,7 +159,8 @@ def load_worldplay(model: str | Path | None = None, *, image: Any = None,
             begin with nothing, and the first step dreams the first frame from the prompt.
         prompt: text of every picture, or one per picture.
         network: subfolder of the weights; None: the distilled ones.
-        controls: "keys" or "deltas" (``worldgym.models.controls``); move, turn: what a key does.
+        controls: "keys", "deltas" or "poses" (``worldgym.models.controls``); move, turn: what a
+            key does.
         K: pixel intrinsics (3, 3); None: the published ones.
         height, width: of the frames. device: None: cuda where there is one. dtype: None: bfloat16
             on cuda, else float32.
@@ -179,9 +181,10 @@ def load_worldplay(model: str | Path | None = None, *, image: Any = None,
                           "says what is missing")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
-    if dtype not in ("bfloat16", "float32") or controls not in ("keys", "deltas"):
+    if dtype not in ("bfloat16", "float32") or (
+            controls not in ("keys", "deltas", "poses")):
         raise ConfigError("unknown precision or controls", given=f"{dtype}, {controls!r}",
-                          expected='bfloat16 or float32; "keys" or "deltas"',
+                          expected='bfloat16 or float32; "keys", "deltas" or "poses"',
                           fix="leave them out")
     network = network or (files.WAN if files.WAN in found.parts else files.BACKBONE)
     weights = found._part(network)
@@ -227,11 +230,35 @@ class WorldPlayFace:
     @property
     def poses(self) -> np.ndarray:
         """Where the camera of every slot stands now, c2w (B, 4, 4); identity at the start."""
-        from worldgym.camera import inverse
-
         pasts = self.core.ready().world.extra["past"]
         return np.stack([inverse(p.history.of("w2c")[-1]) if len(p.history) else np.eye(4)
                          for p in pasts])
+
+    def along(self, path: Any, slot: int = 0) -> np.ndarray:
+        """Actions (steps, frames, *action) that lead a slot's camera along poses from where it is.
+
+        Needs ``actions="per_frame"``. ``path``: ``worldgym.trajectory.Trajectory`` (whose lens
+        does not count: the world has its own) or c2w (N, 4, 4), one pose per latent frame, of which
+        the first is where the camera stands now. So an episode that begins with a picture or with
+        nothing goes n steps along 4 n poses; later, or after a video, 4 n + 1 are needed.
+
+        Raises:
+            ShapeError: too few poses, or a broken step. ActionError: the controls cannot go there.
+        """
+        if not self.core.per_frame:
+            raise ConfigError("poses need an action per frame", given='actions="hold"',
+                              expected='actions="per_frame"', fix="make the env with it")
+        state, world = self.core.ready().world, self.core.task.world
+        rows = world.controls.along(getattr(path, "c2w_N44", path))
+        begins, n = not len(state.extra["past"][slot].history), world.memory.chunk
+        if begins:  # the start is a latent frame of the first step, and its action is not heard
+            rows = np.concatenate([np.zeros((1, *rows.shape[1:]), rows.dtype), rows])
+        if len(rows) % n or not len(rows):
+            whole = max(1, -(-len(rows) // n)) * n + (not begins)
+            raise ShapeError("poses do not fill whole steps", given=f"{len(rows) + (not begins)} "
+                             f"poses", expected=f"{n} per step{'' if begins else ', and one more'}",
+                             fix=f"give {whole}, or fewer (Trajectory.cut)")
+        return rows.reshape(-1, n, *rows.shape[1:]).repeat(world.video.pictures, 1)
 
     def _tell(self, slots: Sequence[int], texts: Sequence[str], events: Sequence[str]) -> None:
         texts = [check_text("prompt", t) for t in texts]
@@ -249,15 +276,16 @@ class WorldPlayFace:
         if array.dtype != np.uint8:
             raise DTypeError("start frames have the wrong dtype", given=array.dtype,
                              expected="uint8 in 0..255", fix="scale to 0..255 and cast")
-        return Clip(array.copy(), None if poses is None else np.asarray(poses, np.float64))
+        return Clip(array.copy(), None if poses is None else check_poses(poses))
 
 
 class WorldPlayEnv(WorldPlayFace, DreamEnv):
     """A WorldPlay dream; ``DreamEnv`` says what all dreams share.
 
     - A step is a chunk: 4 latent frames, 16 frames. Action: ``controls="keys"``, (move, turn) of
-      nine classes each, or "deltas", (forward, right, yaw, pitch); held over the latent frames, or
-      with ``actions="per_frame"`` one per frame, of which each latent frame hears its first.
+      nine classes each, "deltas", (forward, right, yaw, pitch), or "poses", with (down, roll) more;
+      held over the latent frames, or with ``actions="per_frame"`` one per frame, of which each
+      latent frame hears its first. ``along`` makes such actions of a whole sequence of poses.
     - ``reset`` shows the start picture as it was given (black where none is) and generates nothing.
       The **first step makes 13 frames**, not 16: its ``info["frames"]`` begin with the start
       picture as the network draws it, at the start pose (``info["first_frame"]`` is 3: that many
