@@ -122,6 +122,13 @@ def test_malformed_strings_are_named(text):
         trajectory.from_string(text)
 
 
+def test_strings_that_are_none_or_never_end_are_named():
+    with pytest.raises(ActionError, match="not a text"):
+        trajectory.from_string(None)
+    with pytest.raises(ActionError, match="too long"):
+        trajectory.from_string("w-3,d-1e12")
+
+
 def test_overlay_has_a_row_for_every_picture():
     rows = trajectory.overlay("w-4,d-4")
     assert len(rows) == 33 and rows[16]["forward"] == 1 and rows[17]["left"] == -1
@@ -184,15 +191,19 @@ def test_too_few_poses_are_named(left):
 
 @pytest.mark.parametrize("data, error", [
     ([], DatasetError), ({}, DatasetError), ({"0": {"pose": 1}}, DatasetError),
+    ({"0": {"w2c": np.eye(4).tolist(), "intrinsic": DEFAULT_K.tolist()},
+      "1": {"extrinsic": np.eye(4).tolist(), "K": DEFAULT_K.tolist()}}, DatasetError),
+    ({"0": {"extrinsic": [[10**400] * 4] * 4, "K": DEFAULT_K.tolist()}}, DatasetError),
     ({"0": {"extrinsic": [[1, 2], [3]], "K": []}}, DatasetError),
     ({"0": {"extrinsic": (2 * np.eye(4)).tolist(), "K": DEFAULT_K.tolist()}}, ActionError),
     ({"0": {"extrinsic": np.diag([1, 1, -1, 1]).tolist(), "K": DEFAULT_K.tolist()}}, ActionError),
-], ids=["list", "empty", "no fields", "ragged", "scaled", "mirrored"])
+], ids=["list", "empty", "no fields", "mixed layouts", "too large", "ragged", "scaled", "mirrored"])
 def test_broken_pose_files_are_named(tmp_path, data, error):
     file = tmp_path / "poses.json"
     file.write_text(json.dumps(data))
-    with pytest.raises(error):
-        trajectory.from_json(file)
+    for source in (file, data):
+        with pytest.raises(error):
+            trajectory.from_json(source)
 
 
 def test_a_file_that_is_no_json_is_named(tmp_path):

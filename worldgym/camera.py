@@ -131,9 +131,11 @@ def _turn(axis: int, angle: np.ndarray) -> np.ndarray:
 def steps_of(motions_N7: np.ndarray) -> np.ndarray:
     """Each motion as a matrix (N, 4, 4) to multiply a c2w pose with from the right.
 
-    Turns come before moves; an orbit goes round the point one unit ahead, after both.
+    Columns that are not given are 0. Turns come before moves; an orbit goes round the point one
+    unit ahead, after both.
     """
     m = np.asarray(motions_N7, np.float64)
+    m = np.concatenate([m, np.zeros((*m.shape[:-1], len(COLUMNS) - m.shape[-1]))], -1)
     out = _turn(1, m[..., YAW]) @ _turn(0, m[..., PITCH])
     if m[..., ROLL].any():
         out = out @ _turn(2, m[..., ROLL])
