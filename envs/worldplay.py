@@ -24,7 +24,7 @@ from worldgym.envs.vector import DreamVectorEnv
 from worldgym.errors import ConfigError, DTypeError, ShapeError
 
 ID = "worldgym/WorldPlay-v0"
-WORLD = ("opening", "longest", "temperature", "fps")
+WORLD = ("opening", "longest", "temperature", "fps", "memory", "positions")
 PLACE = ("device", "dtype", "height", "width", "companions", "network")
 SETTINGS = ("model", "image", "prompt", "controls", "move", "turn", "K", *WORLD, *PLACE)
 log = logging.getLogger("worldgym")
@@ -159,12 +159,11 @@ def load_worldplay(model: str | Path | None = None, *, image: Any = None,
             begin with nothing, and the first step dreams the first frame from the prompt.
         prompt: text of every picture, or one per picture.
         network: subfolder of the weights; None: the distilled ones.
-        controls: "keys", "deltas" or "poses" (``worldgym.models.controls``); move, turn: what a
-            key does.
+        controls: "keys", "deltas" or "poses", with move and turn as in ``Controls``.
         K: pixel intrinsics (3, 3); None: the published ones.
         height, width: of the frames. device: None: cuda where there is one. dtype: None: bfloat16
             on cuda, else float32.
-        task: fields of ``Task``. settings: opening, longest, temperature, fps.
+        task: fields of ``Task``. settings: ``WORLD``, as in ``WorldPlayWorld``.
 
     Raises:
         ConfigError: no folder, or an impossible setting. CheckpointError: files missing or broken.
@@ -188,6 +187,9 @@ def load_worldplay(model: str | Path | None = None, *, image: Any = None,
                           fix="leave them out")
     network = network or (files.WAN if files.WAN in found.parts else files.BACKBONE)
     weights = found._part(network)
+    if weights.kind not in ("wan", "backbone"):
+        raise ConfigError("not a network of the Wan variant", given=network, fix="leave it out",
+                          expected=f"{files.WAN!r} or {files.BACKBONE!r}")
     stamp = weights.need().files[0].stat().st_mtime_ns
     many = list(image) if isinstance(image, list | tuple) else [image]
     pictures = [None if p is None else fitted(p, (height, width)) for p in many]

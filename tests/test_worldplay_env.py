@@ -22,7 +22,7 @@ from worldgym.envs.events import Events  # noqa: E402
 from worldgym.envs.worldplay import WorldPlayVectorEnv  # noqa: E402
 from worldgym.errors import ConfigError, DTypeError, ShapeError, WorldGymError  # noqa: E402
 from worldgym.models.controls import Controls  # noqa: E402
-from worldgym.reconstituted import Reconstituted  # noqa: E402
+from worldgym.reconstituted import Reconstituted, Scoring  # noqa: E402
 from worldgym.schedule import Euler  # noqa: E402
 from worldgym.testing import check_dream_env  # noqa: E402
 
@@ -289,6 +289,14 @@ def test_the_published_folder_as_an_environment(tmp_path):
     assert (obs == parts[12]).all() and len(env.step(AHEAD)[4]["frames"]) == 16
     with pytest.raises(ShapeError, match="broken chunks.*newest 13"):
         env.reset(options={"frames": parts[:17]})
+    mine = Reconstituted(scoring=Scoring(points=500, fov=None, distance_weight=0.5))
+    own = gymnasium.make("worldgym/WorldPlay-v0", memory=mine, positions="plain", **small).unwrapped
+    own.reset(seed=1)
+    *_, info = play(own, [RIGHT] * 6)[-1]
+    assert own.core.task.world.memory is mine and (info["retrieved"] >= 0).all()
+    for network in ("ar_model", "text encoder"):
+        with pytest.raises(ConfigError, match="Wan variant"):
+            gymnasium.make("worldgym/WorldPlay-v0", network=network, **small)
     with pytest.raises(ConfigError, match="no WorldPlay folder"):
         gymnasium.make("worldgym/WorldPlay-v0", model=tmp_path)
 
