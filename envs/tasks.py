@@ -132,7 +132,7 @@ def _load(folder: str, stamp: int, device: str,
         raise ConfigError("this world has no window that slides by steps", given=folder,
                           expected="a WHAM world's folder", fix="leave slide out")
     if kind == "worldgym.rooms":
-        from worldgym.envs.worldplay import WorldPlayStarts
+        from worldgym.envs.worldplay_starts import WorldPlayStarts
         from worldgym.models import rooms
 
         small = rooms.load(Path(folder), device, **dict(settings))

@@ -6,123 +6,27 @@ Shapes: B slot, T raw frame, F latent frame, H W pixels, L text token, D text wi
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from worldgym.data.starts import hash64
+from worldgym.camera import check_poses, inverse
 from worldgym.envs.dream import DreamEnv
 from worldgym.envs.make import _split
-from worldgym.envs.pixels import read_picture
-from worldgym.envs.scope import ScopeStarts, check_text
-from worldgym.envs.spaces import check_frame, to_numpy
+from worldgym.envs.scope import check_text
+from worldgym.envs.spaces import to_numpy
 from worldgym.envs.tasks import Task
 from worldgym.envs.vector import DreamVectorEnv
+from worldgym.envs.worldplay_starts import Clip, WorldPlayStarts, fitted
 from worldgym.errors import ConfigError, DTypeError, ShapeError
 
 ID = "worldgym/WorldPlay-v0"
-WORLD = ("opening", "longest", "temperature", "fps")
+WORLD = ("opening", "longest", "temperature", "fps", "memory", "positions")
 PLACE = ("device", "dtype", "height", "width", "companions", "network")
 SETTINGS = ("model", "image", "prompt", "controls", "move", "turn", "K", *WORLD, *PLACE)
 log = logging.getLogger("worldgym")
-
-
-# -- starts ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """Frames that an episode begins with, uint8 (T, H, W, 3), and the camera's pose c2w (F, 4, 4)
-    in each latent frame of them (None: it stood still)."""
-
-    frames_KHWC: np.ndarray
-    c2w_F44: np.ndarray | None = None
-
-
-class WorldPlayStarts(ScopeStarts):
-    """Where episodes begin: pictures (None: nothing, all is dreamt), each with its prompt.
-
-    ``pasts``: latents and poses of the walk that led to a picture (None: it is all there is); the
-    episode then remembers what was seen on it.
-    """
-
-    def __init__(self, world: Any, pictures: Sequence[np.ndarray | None], prompts: Sequence[str],
-                 encode: Callable[[list[str]], list[Any]] | None,
-                 pasts: Sequence[tuple[Any, np.ndarray] | None] | None = None) -> None:
-        super().__init__(world, pictures, prompts, "", encode or (lambda texts: []))  # type: ignore
-        self.pasts = list(pasts or [None] * len(pictures))
-        self.beginnings = np.flatnonzero([past is None for past in self.pasts])
-        self.reads = encode is not None
-        self.options = ("image", "prompt") if self.reads else ("image",)  # type: ignore
-
-    def gather(self, indices: Any) -> Any:
-        """These starts (repeats allowed) as ``Starts``."""
-        index, clips, poses = [int(i) for i in indices], [], []
-        for i in index:
-            picture, (latents, c2w) = self.pictures[i], self.pasts[i] or (None, None)
-            if latents is None and picture is not None and i not in self._latents:
-                self._latents[i] = self.world.start_latents(picture[None])
-            clips.append(self._latents.get(i) if latents is None else latents)
-            poses.append(c2w)
-        return self._told(clips, [self.prompts[i] for i in index], poses)
-
-    def sample(self, seeds: Any, episodes: Any, beginnings_only: bool = False) -> np.ndarray:
-        """As ``ScopeStarts.sample``; a picture with a walk behind it is no beginning."""
-        if not beginnings_only or not len(self.beginnings):
-            return super().sample(seeds, episodes)
-        index = hash64(seeds, episodes) % np.uint64(len(self.beginnings))
-        return self.beginnings[index.astype(np.int64)]
-
-    def last_frames(self, indices: Any) -> np.ndarray:
-        """Pictures of these starts, uint8 (B, H, W, 3); black where there is none."""
-        black = np.zeros((*self.world.spec.frame_hw, 3), np.uint8)
-        return np.stack([black if self.pictures[int(i)] is None else self.pictures[int(i)]
-                         for i in indices])
-
-    def check_own(self, frame: Any, frame_hw: tuple[int, int]) -> Clip:
-        """The user's start as a ``Clip``, or a named error."""
-        if isinstance(frame, Clip):
-            return frame
-        return Clip(check_frame(frame, frame_hw)[None])
-
-    def encode_frames(self, world: Any, frames: Any) -> Any:
-        """Starts of these ``Clip``, with the first start's prompt."""
-        return self._told([c.frames_KHWC for c in frames], [self.prompts[0]] * len(frames),
-                          [c.c2w_F44 for c in frames])
-
-    def tell(self, starts: Any, texts: Sequence[dict | None]) -> Any:
-        """The starts with the prompts that are given instead of their own."""
-        from dataclasses import replace
-
-        import torch
-
-        context, prompts = starts.context_BLD.clone(), starts.prompts_B.copy()
-        for i, told in enumerate(texts):
-            if told and told.get("prompt") is not None:
-                prompts[i] = check_text("prompt", told["prompt"])
-                encoded = torch.as_tensor(self.contexts([prompts[i]])[0])
-                context[i] = 0
-                context[i, :len(encoded)] = encoded
-        return replace(starts, context_BLD=context, prompts_B=prompts)
-
-    def picture(self, image: Any) -> np.ndarray:
-        """A picture, or the path of one, as a frame: enlarged to cover, centre cut (Lanczos)."""
-        return fitted(image, self.world.spec.frame_hw)
-
-    def _told(self, clips: list[Any], prompts: list[str],
-              poses: list[np.ndarray | None] | None = None) -> Any:
-        told = {"contexts": self.contexts(prompts), "prompts": prompts} if self.reads else {}
-        return self.world.starts(clips, poses=poses, **told)
-
-
-def fitted(image: Any, frame_hw: Sequence[int]) -> np.ndarray:
-    """A picture (array or path) as a frame of the world's size."""
-    from worldgym.models.worldplay_rollout import fit_image
-
-    return fit_image(to_numpy(read_picture(image)), frame_hw)
 
 
 # -- the task -------------------------------------------------------------------------------------
@@ -174,11 +78,11 @@ def load_worldplay(model: str | Path | None = None, *, image: Any = None,
             begin with nothing, and the first step dreams the first frame from the prompt.
         prompt: text of every picture, or one per picture.
         network: subfolder of the weights; None: the distilled ones.
-        controls: "keys" or "deltas" (``worldgym.models.controls``); move, turn: what a key does.
+        controls: "keys", "deltas" or "poses", with move and turn as in ``Controls``.
         K: pixel intrinsics (3, 3); None: the published ones.
         height, width: of the frames. device: None: cuda where there is one. dtype: None: bfloat16
             on cuda, else float32.
-        task: fields of ``Task``. settings: opening, longest, temperature, fps.
+        task: fields of ``Task``. settings: ``WORLD``, as in ``WorldPlayWorld``.
 
     Raises:
         ConfigError: no folder, or an impossible setting. CheckpointError: files missing or broken.
@@ -195,12 +99,16 @@ def load_worldplay(model: str | Path | None = None, *, image: Any = None,
                           "says what is missing")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
-    if dtype not in ("bfloat16", "float32") or controls not in ("keys", "deltas"):
+    if dtype not in ("bfloat16", "float32") or (
+            controls not in ("keys", "deltas", "poses")):
         raise ConfigError("unknown precision or controls", given=f"{dtype}, {controls!r}",
-                          expected='bfloat16 or float32; "keys" or "deltas"',
+                          expected='bfloat16 or float32; "keys", "deltas" or "poses"',
                           fix="leave them out")
     network = network or (files.WAN if files.WAN in found.parts else files.BACKBONE)
     weights = found._part(network)
+    if weights.kind not in ("wan", "backbone"):
+        raise ConfigError("not a network of the Wan variant", given=network, fix="leave it out",
+                          expected=f"{files.WAN!r} or {files.BACKBONE!r}")
     stamp = weights.need().files[0].stat().st_mtime_ns
     many = list(image) if isinstance(image, list | tuple) else [image]
     pictures = [None if p is None else fitted(p, (height, width)) for p in many]
@@ -243,11 +151,35 @@ class WorldPlayFace:
     @property
     def poses(self) -> np.ndarray:
         """Where the camera of every slot stands now, c2w (B, 4, 4); identity at the start."""
-        from worldgym.camera import inverse
-
         pasts = self.core.ready().world.extra["past"]
         return np.stack([inverse(p.history.of("w2c")[-1]) if len(p.history) else np.eye(4)
                          for p in pasts])
+
+    def along(self, path: Any, slot: int = 0) -> np.ndarray:
+        """Actions (steps, frames, *action) that lead a slot's camera along poses from where it is.
+
+        Needs ``actions="per_frame"``. ``path``: ``worldgym.trajectory.Trajectory`` (whose lens
+        does not count: the world has its own) or c2w (N, 4, 4), one pose per latent frame, of which
+        the first is where the camera stands now. So an episode that begins with a picture or with
+        nothing goes n steps along 4 n poses; later, or after a video, 4 n + 1 are needed.
+
+        Raises:
+            ShapeError: too few poses, or a broken step. ActionError: the controls cannot go there.
+        """
+        if not self.core.per_frame:
+            raise ConfigError("poses need an action per frame", given='actions="hold"',
+                              expected='actions="per_frame"', fix="make the env with it")
+        state, world = self.core.ready().world, self.core.task.world
+        rows = world.controls.along(getattr(path, "c2w_N44", path))
+        begins, n = not len(state.extra["past"][slot].history), world.memory.chunk
+        if begins:  # the start is a latent frame of the first step, and its action is not heard
+            rows = np.concatenate([np.zeros((1, *rows.shape[1:]), rows.dtype), rows])
+        if len(rows) % n or not len(rows):
+            whole = max(1, -(-len(rows) // n)) * n + (not begins)
+            raise ShapeError("poses do not fill whole steps", given=f"{len(rows) + (not begins)} "
+                             f"poses", expected=f"{n} per step{'' if begins else ', and one more'}",
+                             fix=f"give {whole}, or fewer (Trajectory.cut)")
+        return rows.reshape(-1, n, *rows.shape[1:]).repeat(world.video.pictures, 1)
 
     def _tell(self, slots: Sequence[int], texts: Sequence[str], events: Sequence[str]) -> None:
         texts = [check_text("prompt", t) for t in texts]
@@ -265,15 +197,16 @@ class WorldPlayFace:
         if array.dtype != np.uint8:
             raise DTypeError("start frames have the wrong dtype", given=array.dtype,
                              expected="uint8 in 0..255", fix="scale to 0..255 and cast")
-        return Clip(array.copy(), None if poses is None else np.asarray(poses, np.float64))
+        return Clip(array.copy(), None if poses is None else check_poses(poses))
 
 
 class WorldPlayEnv(WorldPlayFace, DreamEnv):
     """A WorldPlay dream; ``DreamEnv`` says what all dreams share.
 
     - A step is a chunk: 4 latent frames, 16 frames. Action: ``controls="keys"``, (move, turn) of
-      nine classes each, or "deltas", (forward, right, yaw, pitch); held over the latent frames, or
-      with ``actions="per_frame"`` one per frame, of which each latent frame hears its first.
+      nine classes each, "deltas", (forward, right, yaw, pitch), or "poses", with (down, roll) more;
+      held over the latent frames, or with ``actions="per_frame"`` one per frame, of which each
+      latent frame hears its first. ``along`` makes such actions of a whole sequence of poses.
     - ``reset`` shows the start picture as it was given (black where none is) and generates nothing.
       The **first step makes 13 frames**, not 16: its ``info["frames"]`` begin with the start
       picture as the network draws it, at the start pose (``info["first_frame"]`` is 3: that many

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +13,7 @@ from worldgym import camera, trajectory
 from worldgym.errors import ActionError
 from worldgym.models.wan import block_ids, causal_frame_mask
 from worldgym.models.worldplay_loss import CausalConfig, causal_times
-from worldgym.reconstituted import Reconstituted
+from worldgym.reconstituted import Reconstituted, Scoring
 from worldgym.retrieval import Cloud, Distances, geometry, overlap
 from worldgym.schedule import chunk_times, context_times
 
@@ -29,9 +30,9 @@ def _poses(name: str, got: np.ndarray, fixture: Fixture) -> Check:
 
 def pose_conversion(fixture: Fixture) -> Iterator[Check]:
     """Strings, motions and thresholds, both ways; labels exactly."""
-    K = np.array(fixture.get("K_pixels"))
-    for case in fixture.get("strings"):
-        text, base = case["pose_string"], f"string{case['id']}"
+    K = np.array(fixture.meta.get("K_pixels", camera.DEFAULT_K))
+    for i, case in enumerate(fixture.get("strings")):
+        text, base = case["pose_string"], f"string{case.get('id', i)}"
         if "error" in case:
             try:
                 trajectory.from_string(text, K, published=True)
@@ -48,7 +49,7 @@ def pose_conversion(fixture: Fixture) -> Iterator[Check]:
         yield _numbers(f"{base} length", [len(path) - 1, len(path)],
                        [case["n_motions"], case["n_poses"]])
     yield from _motions(fixture)
-    for case in fixture.get("frame_timeline"):
+    for case in fixture.meta.get("frame_timeline", ()):
         rows = trajectory.overlay(case["pose_string"], published=True)
         want = [row for count, row in case["frames_rle"] for _ in range(count)]
         if rows != want or len(rows) != case["n_frames"]:
@@ -60,8 +61,9 @@ def _motions(fixture: Fixture) -> Iterator[Check]:
     walked = camera.walk(camera.motions(grid["motions"]))
     yield _poses("grid81.c2w", walked, fixture)
     yield _numbers("grid81 labels", camera.labels_of(walked), grid["actions"])
-    ours = camera.walk(camera.motions_of(np.arange(81)))
-    yield _poses("grid81.c2w", ours, fixture)
+    asked = camera.motions(grid["motions"])
+    step = {"move": asked[:, camera.FORWARD].max(), "turn": asked[:, camera.YAW].max()}
+    yield _poses("grid81.c2w", camera.walk(camera.motions_of(np.arange(81), **step)), fixture)
     for case in fixture.get("labels"):
         c2w = fixture[f"label{case['id']}.c2w"].numpy()
         for name, third in (("first", False), ("third", True)):
@@ -88,14 +90,14 @@ def memory_retrieval(fixture: Fixture) -> Iterator[Check]:
                 got = memory.select(w2c, start)
                 yield _numbers(f"{name} at {start}, {rule}", [len(got), *got],
                                [len(case[rule]), *case[rule]])
-        if "wan_candidates" in case:
+        if case.get("wan_candidates"):
             index = np.array(case["wan_candidates"])[:, None] + [0, 2]
             centre, ahead = (x.reshape(-1, 2, 3) for x in geometry(w2c[index.ravel()]))
             distances = Distances(w2c[start:], centre, ahead, rules["wan"].cloud())
             yield Check(f"{name} at {start}, distances",
                         torch.from_numpy(distances.exact(np.arange(len(index)))),
                         torch.tensor(case["wan_distance"]), (near, 0.0))
-    for case in fixture.get("overlaps"):
+    for case in fixture.meta.get("overlaps", ()):
         w2c = fixture[f"in.w2c.{case['trajectory']}"].double().numpy()
         for name in [k for k in case if k.startswith("overlap_")]:
             fov = tuple(float(x) for x in name.removeprefix("overlap_").split("x"))
@@ -103,10 +105,17 @@ def memory_retrieval(fixture: Fixture) -> Iterator[Check]:
             got = overlap(w2c[case["current"]], w2c[case["history"]], cloud)
             yield Check(f"{case['trajectory']} {name}", torch.tensor(got),
                         torch.tensor(case[name]), (float(fixture.get("atol_overlap")), 0.0))
-    drawn = torch.from_numpy(Reconstituted().points)
-    yield Check("points", drawn[:16], fixture["ref.points50k_seed0_first16"], (1e-5, 0.0))
-    yield Check("points, spread", torch.stack([drawn.mean(0), drawn.std(0)]),
-                fixture["ref.points50k_seed0_mean_std"], (1e-4, 0.0))
+    for name, want in fixture.tensors.items():
+        found = re.fullmatch(r"ref\.points(\d+)(k?)_seed(\d+)_(first\d+|mean_std)", name)
+        if not found:
+            continue
+        count, thousand, seed, what = found.groups()
+        scoring = Scoring(points=int(count) * (1000 if thousand else 1), seed=int(seed))
+        drawn = torch.from_numpy(Reconstituted(scoring=scoring).points)
+        if what == "mean_std":
+            yield Check(name, torch.stack([drawn.mean(0), drawn.std(0)]), want, (1e-4, 0.0))
+        else:
+            yield Check(name, drawn[:int(what.removeprefix("first"))], want, (1e-5, 0.0))
 
 
 def training_schedule(fixture: Fixture) -> Iterator[Check]:
@@ -120,12 +129,19 @@ def training_schedule(fixture: Fixture) -> Iterator[Check]:
     index = torch.tensor(past["index"])
     yield _numbers("context", context_times(index).numpy(), past["timestep"])
     # the same as a training step draws them: the first sequence whole, the second a memory sample
-    rows = (index - 499.5) / 485
-    drawn = {torch.randn: torch.logit(u), torch.rand: torch.cat([rows, torch.zeros(len(u) - 3)])}
-    trained, counts = causal_times(lambda kind, *shape: drawn[kind].expand(2, -1),
-                                   torch.tensor([False, True]), 4 * len(u), 4, CausalConfig())
+    low, high = CausalConfig().rows
+    known = [i for i, n in enumerate(past["index"]) if low <= n <= high][:len(u) - 1]
+    inside = (torch.floor(1000 * u) + 0.5) / 1000  # in the middle of what is cut down to u's
+    rows = torch.zeros(len(u), dtype=torch.float64)
+    rows[:len(known)] = (index[known] + 0.5 - low) / (high - low + 1)
+    drawn = {torch.randn: torch.logit(inside), torch.rand: rows}
+    trained, counts = causal_times(
+        lambda kind, *shape: drawn[kind].expand(2, -1), torch.tensor([False, True]), 4 * len(u), 4,
+        CausalConfig(shift=float(fixture.get("time_shift"))))
     yield _numbers("training", trained[0, ::4].numpy(), fixture.get("timesteps"))
-    yield _numbers("training context", trained[1, :12:4].numpy(), past["timestep"])
+    if known:
+        yield _numbers("training context", trained[1, :4 * len(known):4].numpy(),
+                       [past["timestep"][i] for i in known])
     yield _numbers("training counts", counts.sum(1).numpy(), [4 * len(u), 4])
     case = fixture.get("chunk_causal_mask")
     text, tokens = int(case["text_tokens"]), int(case["tokens_per_latent"])

@@ -8,6 +8,7 @@ import pytest
 from worldgym import camera, trajectory
 from worldgym.camera import DEFAULT_K, Thresholds
 from worldgym.errors import ActionError, DatasetError, DTypeError, NotFiniteError, ShapeError
+from worldgym.models.controls import Controls
 
 
 def test_all_81_labels_survive_the_way_through_poses():
@@ -29,6 +30,42 @@ def test_where_keys_lead():
     pivot = orbit @ np.array([0, 0, 1, 1])
     assert np.allclose(pivot, pivot[0]) and np.allclose(np.linalg.norm(
         orbit[:, :3, 3] - pivot[0, :3], axis=1), 1)
+
+
+def test_motions_lead_along_any_poses():
+    """Every rigid motion is one, also those straight up, where yaw and roll are the same."""
+    rng = np.random.default_rng(0)
+    rows = rng.uniform(-1.5, 1.5, (60, 6))
+    rows[::7, 3] = np.pi / 2
+    rows[3::7, 3] = -np.pi / 2
+    start = camera.walk(camera.motions([{"yaw": 1.0, "down": 2.0, "roll": 0.4}]))[-1]
+    c2w = camera.walk(camera.motions(rows), start)
+    assert np.allclose(camera.walk(camera.motions_between(c2w), start), c2w, atol=1e-12)
+    mild = rng.uniform(-0.5, 0.5, (60, 6))
+    again = camera.motions_between(camera.walk(camera.motions(mild)))
+    assert np.allclose(again[:, camera.POSE], mild) and not again[:, camera.ORBIT].any()
+    down, roll = (camera.walk(camera.motions([{n: 0.5}]))[1] for n in ("down", "roll"))
+    assert np.allclose(down[:3, 3], [0, 0.5, 0]) and roll[1, 0] > 0  # the right side sinks
+    orbit = camera.walk(camera.motions([{"third_yaw": 0.3}] * 4))
+    assert np.allclose(camera.walk(camera.motions_between(orbit)), orbit, atol=1e-12)
+
+
+def test_controls_say_which_poses_they_can_go():
+    labels = np.random.default_rng(1).integers(0, 81, 30)
+    c2w = camera.walk(camera.motions_of(labels))
+    for kind, shape in (("keys", (30, 2)), ("deltas", (30, 4)), ("poses", (30, 6))):
+        controls = Controls(kind=kind)
+        rows = controls.along(c2w)
+        assert rows.shape == shape and controls.action.check(rows).shape == shape
+        assert np.allclose(camera.walk(controls.read(rows)[0]), c2w, atol=1e-5)
+    few = Controls(kind="labels", labels=(0, 9, 1))
+    assert few.along(camera.walk(camera.motions_of(np.array([9, 0, 1])))).tolist() == [1, 0, 2]
+    roll, far = (camera.walk(camera.motions([{}, m])) for m in ({"roll": 0.1}, {"forward": 1.0}))
+    for controls, path in ((few, c2w), (Controls(), roll), (Controls(), far),
+                           (Controls(kind="deltas"), roll), (Controls(kind="poses"), far)):
+        with pytest.raises(ActionError, match="cannot be gone"):
+            controls.along(path)
+    assert Controls(kind="poses", move=0.25).along(far).shape == (2, 6)
 
 
 def test_spaces_fit_what_they_stand_for():
@@ -83,6 +120,13 @@ def test_half_a_motion_is_an_error_and_what_was_published_can_be_had():
 def test_malformed_strings_are_named(text):
     with pytest.raises(ActionError, match="cannot be read"):
         trajectory.from_string(text)
+
+
+def test_strings_that_are_none_or_never_end_are_named():
+    with pytest.raises(ActionError, match="not a text"):
+        trajectory.from_string(None)
+    with pytest.raises(ActionError, match="too long"):
+        trajectory.from_string("w-3,d-1e12")
 
 
 def test_overlay_has_a_row_for_every_picture():
@@ -147,15 +191,19 @@ def test_too_few_poses_are_named(left):
 
 @pytest.mark.parametrize("data, error", [
     ([], DatasetError), ({}, DatasetError), ({"0": {"pose": 1}}, DatasetError),
+    ({"0": {"w2c": np.eye(4).tolist(), "intrinsic": DEFAULT_K.tolist()},
+      "1": {"extrinsic": np.eye(4).tolist(), "K": DEFAULT_K.tolist()}}, DatasetError),
+    ({"0": {"extrinsic": [[10**400] * 4] * 4, "K": DEFAULT_K.tolist()}}, DatasetError),
     ({"0": {"extrinsic": [[1, 2], [3]], "K": []}}, DatasetError),
     ({"0": {"extrinsic": (2 * np.eye(4)).tolist(), "K": DEFAULT_K.tolist()}}, ActionError),
     ({"0": {"extrinsic": np.diag([1, 1, -1, 1]).tolist(), "K": DEFAULT_K.tolist()}}, ActionError),
-], ids=["list", "empty", "no fields", "ragged", "scaled", "mirrored"])
+], ids=["list", "empty", "no fields", "mixed layouts", "too large", "ragged", "scaled", "mirrored"])
 def test_broken_pose_files_are_named(tmp_path, data, error):
     file = tmp_path / "poses.json"
     file.write_text(json.dumps(data))
-    with pytest.raises(error):
-        trajectory.from_json(file)
+    for source in (file, data):
+        with pytest.raises(error):
+            trajectory.from_json(source)
 
 
 def test_a_file_that_is_no_json_is_named(tmp_path):

@@ -205,11 +205,57 @@ def test_bad_moves_have_named_errors(dit, change, error):
                                        change(moves([walked(RIGHT)], slice(4))), texts(1))
 
 
-def test_the_hunyuan_variant_runs_the_same_loop():
-    cfg = HunyuanConfig(hidden_size=64, heads_num=2, mm_double_blocks_depth=2, in_channels=4,
+def test_a_slot_keeps_its_own_latents_and_nothing_of_the_batch(dit):
+    """Of every latent frame its numbers, pose, lens and label: no keys and values, no neighbours.
+    """
+    _, histories, _ = run(dit, [walked(RIGHT), walked(AHEAD), walked(BACK)], 3, texts(3))
+    for h in histories:
+        kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for x in h.rows.latents[:12]}
+        assert sum(kept.values()) == 12 * 4 * 4 * 4 * 4  # frames, channels, grid, bytes
+        assert sum(h.of(n).nbytes for n in h.rows.numbers) < 12 * 300
+
+
+HUNYUAN = HunyuanConfig(hidden_size=64, heads_num=2, mm_double_blocks_depth=2, in_channels=4,
                         out_channels=4, rope_dim_list=(8, 12, 12), text_states_dim=10,
                         vision_states_dim=6, byt5_states_dim=8, byt5_hidden=12)
-    dit = spread(HunyuanDiT(cfg))
+
+
+@pytest.mark.parametrize("change, error", [
+    (lambda m: Moves(m.cameras, m.labels_Bn + 81), ActionError),
+    (lambda m: Moves(Cameras(m.cameras.w2c_BF44[:, :1], m.cameras.K_BF33[:, :1]), m.labels_Bn),
+     ShapeError)], ids=["label", "one pose left"])
+def test_bad_moves_have_named_errors_in_the_hunyuan_variant(change, error):
+    """One pose left used to be repeated over all frames in silence."""
+    other, tokens = spread(HunyuanDiT(HUNYUAN)), torch.randn(1, 5, 64)
+    bad = change(moves([walked(RIGHT)], slice(4)))
+    with pytest.raises(error):
+        ChunkStepper(other, MEMORY).step([History.empty()], noise(1), bad, tokens)
+    with pytest.raises(error), torch.no_grad():
+        other(other.inputs(noise(1), torch.arange(4)[None], None), torch.zeros(1, 4),
+              labels_BF=torch.from_numpy(bad.labels_Bn), cameras=bad.cameras,
+              text_kv=other.text(tokens))
+
+
+def test_plain_positions_and_a_time_per_context_frame_in_the_hunyuan_variant():
+    other, slots = spread(HunyuanDiT(HUNYUAN)), [walked(BACK)]
+    tokens = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1))
+    plain, _, chosen = run(other, slots, 6, tokens, positions="plain")
+    ranks, *_ = run(other, slots, 6, tokens)
+    gaps = [i for i, c in enumerate(chosen) if c[0].tolist() != list(range(len(c[0])))]
+    assert gaps == [5] and not torch.allclose(plain[5], ranks[5], atol=1e-4)
+    assert all(torch.equal(plain[i], ranks[i]) for i in range(5))  # nothing is left out before
+    m = moves(slots, slice(4))
+    given = dict(labels_BF=torch.from_numpy(m.labels_Bn), cameras=m.cameras)
+    with torch.no_grad():
+        x, kv = other.inputs(noise(1), torch.arange(4)[None], None), other.text(tokens)
+        one, each, later = (other.context(x, text_kv=kv, t=t, **given).position[1][0] for t in (
+            14.0, torch.full((1, 4), 14.0), torch.tensor([[14.0, 14, 14, 400]])))
+    assert torch.equal(one, each) and not torch.allclose(each, later, atol=1e-4)
+
+
+def test_the_hunyuan_variant_runs_the_same_loop():
+    dit = spread(HunyuanDiT(HUNYUAN))
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         tokens = dit.tokens(torch.randn(2, 5, 10, generator=g),

@@ -17,12 +17,12 @@ import golden_worldplay  # noqa: E402
 import worldplay_tools as tools  # noqa: E402
 from golden import Fixture  # noqa: E402
 
-from worldgym import camera  # noqa: E402
+from worldgym import camera, trajectory  # noqa: E402
 from worldgym.envs.events import Events  # noqa: E402
 from worldgym.envs.worldplay import WorldPlayVectorEnv  # noqa: E402
 from worldgym.errors import ConfigError, DTypeError, ShapeError, WorldGymError  # noqa: E402
 from worldgym.models.controls import Controls  # noqa: E402
-from worldgym.reconstituted import Reconstituted  # noqa: E402
+from worldgym.reconstituted import Reconstituted, Scoring  # noqa: E402
 from worldgym.schedule import Euler  # noqa: E402
 from worldgym.testing import check_dream_env  # noqa: E402
 
@@ -47,7 +47,8 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("settings", [{"render_mode": "rgb_array"}, {
-    "observation": "latent", "controls": Controls(kind="deltas"), "picture": False}], ids=str)
+    "observation": "latent", "controls": Controls(kind="deltas"), "picture": False}, {
+    "controls": Controls(kind="poses"), "actions": "per_frame"}], ids=str)
 def test_conformance(settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -156,6 +157,8 @@ def test_a_video_goes_on(world):
     before = env.get_state()
     for bad, error in ((dict(frames=frames[:5]), ShapeError), (dict(poses=poses), ConfigError),
                        (dict(frames=frames, poses=poses[:3]), ShapeError),
+                       (dict(frames=frames, poses=[[1, 2], [3]]), ShapeError),
+                       (dict(frames=frames[:1], poses=poses[1:2]), ConfigError),
                        (dict(frames=frames[..., :2]), ShapeError),
                        (dict(frames=frames.astype(float)), DTypeError),
                        (dict(frames=frames, start=0), ConfigError)):
@@ -182,6 +185,38 @@ def test_keys_and_deltas_say_the_same():
         shown.append(env.step(action))
     assert np.allclose(shown[0][4]["poses"], shown[1][4]["poses"], atol=1e-7)
     assert np.abs(shown[0][0].astype(int) - shown[1][0]).max() <= 1
+
+
+def test_a_whole_sequence_of_poses_is_gone(world):
+    """From a file: as few steps as it has whole chunks, wherever the camera stands."""
+    rng = np.random.default_rng(3)
+    start = camera.walk(camera.motions([{"roll": 1.0, "down": 3.0}]))[1]
+    c2w = camera.walk(camera.motions(rng.uniform(-0.2, 0.2, (11, 6))), start)
+    path = trajectory.from_json(trajectory.to_json(trajectory.Trajectory.of(c2w)), recentre=True)
+    env = tools.tiny_env(controls=Controls(kind="poses"), actions="per_frame", horizon=None)
+    env.reset(seed=0)
+    actions = env.along(path)
+    assert actions.shape == (3, 4, 6)
+    told = np.concatenate([i["poses"] for *_, i in play(env, actions)])
+    assert np.allclose(told, path.c2w_N44, atol=1e-6)
+    labels = env.core.ready().world.extra["past"][0].history.of("label")
+    assert labels.tolist() == path.labels().tolist()
+    with pytest.raises(ShapeError, match="12 poses.*4 per step, and one more.*give 13"):
+        env.along(path)  # no longer at the beginning: the first pose is where the camera is
+    on = trajectory.Trajectory.of(env.poses[0] @ path.c2w_N44[:9])
+    assert np.allclose(play(env, env.along(on))[-1][4]["poses"][-1], on.c2w_N44[-1], atol=1e-5)
+    env.reset(seed=0)
+    with pytest.raises(ShapeError, match="11 poses.*give 12"):
+        env.along(path.cut(11))
+    held = tools.tiny_env(world=world)
+    held.reset(seed=0)
+    with pytest.raises(ConfigError, match="per frame"):
+        held.along(path)
+    keys = tools.tiny_env(world=world, actions="per_frame", horizon=None)
+    keys.reset(seed=0)
+    said = trajectory.from_string("w-4,right-3")
+    told = np.concatenate([i["poses"] for *_, i in play(keys, keys.along(said))])
+    assert np.allclose(told, said.c2w_N44, atol=1e-12)
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="no fixtures here")
@@ -254,6 +289,14 @@ def test_the_published_folder_as_an_environment(tmp_path):
     assert (obs == parts[12]).all() and len(env.step(AHEAD)[4]["frames"]) == 16
     with pytest.raises(ShapeError, match="broken chunks.*newest 13"):
         env.reset(options={"frames": parts[:17]})
+    mine = Reconstituted(scoring=Scoring(points=500, fov=None, distance_weight=0.5))
+    own = gymnasium.make("worldgym/WorldPlay-v0", memory=mine, positions="plain", **small).unwrapped
+    own.reset(seed=1)
+    *_, info = play(own, [RIGHT] * 6)[-1]
+    assert own.core.task.world.memory is mine and (info["retrieved"] >= 0).all()
+    for network in ("ar_model", "text encoder"):
+        with pytest.raises(ConfigError, match="Wan variant"):
+            gymnasium.make("worldgym/WorldPlay-v0", network=network, **small)
     with pytest.raises(ConfigError, match="no WorldPlay folder"):
         gymnasium.make("worldgym/WorldPlay-v0", model=tmp_path)
 

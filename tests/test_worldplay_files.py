@@ -82,7 +82,8 @@ def write(root):
                  "text_encoder"):
         (root / name).mkdir()
     tensors = wan_tensors()
-    wrapped = {f"model._fsdp_wrapped_module.{n}": t for n, t in tensors.items()}
+    wrapped = {"model._fsdp_wrapped_module." + n.replace(
+        "attn1.", "_fsdp_wrapped_module.model.attn1."): t for n, t in tensors.items()}
     torch.save({"generator": wrapped, "step": 7}, root / files.WAN / "model.pt")
     save_file({n: t for n, t in tensors.items() if not is_added(n)},
               root / files.BACKBONE / "diffusion_pytorch_model.safetensors")

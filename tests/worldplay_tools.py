@@ -69,7 +69,8 @@ def tiny_env(kind=None, world=None, picture=True, **settings):
     import numpy as np
 
     from worldgym.envs.tasks import Task
-    from worldgym.envs.worldplay import WorldPlayEnv, WorldPlayStarts
+    from worldgym.envs.worldplay import WorldPlayEnv
+    from worldgym.envs.worldplay_starts import WorldPlayStarts
 
     world = world or tiny_world(**{k: settings.pop(k) for k in ("opening", "controls")
                                    if k in settings})

@@ -18,8 +18,10 @@ from worldgym.errors import ActionError, DTypeError, NotFiniteError, ShapeError
 
 MOVE = 0.08  # length of one motion
 TURN = float(np.deg2rad(3.0))
-FORWARD, RIGHT, YAW, PITCH, ORBIT = range(5)  # columns of motions; yaw > 0 right, pitch > 0 up
-COLUMNS = ("forward", "right", "yaw", "pitch", "third_yaw")
+# columns of motions; yaw > 0 right, pitch > 0 up, roll > 0 clockwise
+FORWARD, RIGHT, YAW, PITCH, ORBIT, DOWN, ROLL = range(7)
+COLUMNS = ("forward", "right", "yaw", "pitch", "third_yaw", "down", "roll")
+POSE = [FORWARD, RIGHT, YAW, PITCH, DOWN, ROLL]  # what any rigid motion is made of
 # the least length of a move, in inference and in the published trainer; the least turn in degrees
 LEAST_MOVE, LEAST_MOVE_TRAINING, LEAST_TURN = 1e-4, 0.01, 0.05
 SECTOR = 60.0  # degrees: a move counts for an axis from which it is less than this away
@@ -42,6 +44,14 @@ def deltas(latents: int = 1, most_move: float = 4 * MOVE, most_turn: float = 4 *
     """Space of camera motions (forward, right, yaw, pitch) for each latent frame of an action."""
     most = (most_move, most_move, most_turn, most_turn) * latents
     shape = (4,) if latents == 1 else (latents, 4)
+    return ActionSpec(kind="box", shape=shape, low=tuple(-m for m in most), high=most)
+
+
+def rigid(latents: int = 1, most_move: float = 4 * MOVE, most_turn: float = 4 * TURN
+          ) -> ActionSpec:
+    """Space of any camera motion (forward, right, yaw, pitch, down, roll) for each latent frame."""
+    most = (most_move, most_move, most_turn, most_turn, most_move, most_turn) * latents
+    shape = (6,) if latents == 1 else (latents, 6)
     return ActionSpec(kind="box", shape=shape, low=tuple(-m for m in most), high=most)
 
 
@@ -69,27 +79,31 @@ def classes(labels_N: np.ndarray) -> np.ndarray:
 
 
 def motions_of(labels_N: np.ndarray, move: float = MOVE, turn: float = TURN) -> np.ndarray:
-    """Motions (N, 5) that keys stand for."""
+    """Motions (N, 7) that keys stand for."""
     pair = classes(labels_N)
-    out = np.zeros((*pair.shape[:-1], 5))
+    out = np.zeros((*pair.shape[:-1], len(COLUMNS)))
     out[..., [FORWARD, RIGHT]] = move * _MOVES[pair[..., 0]]
     out[..., [YAW, PITCH]] = turn * _TURNS[pair[..., 1]]
     return out
 
 
 def motions(given: Sequence[Mapping[str, float]] | np.ndarray) -> np.ndarray:
-    """Motions (N, 5) from dicts such as {"forward": 0.08}, or from (N, 4) or (N, 5) numbers."""
+    """Motions (N, 7) from dicts such as {"forward": 0.08}, or from numbers: (N, 4), 5 or all 7
+    ``COLUMNS``, or (N, 6), those of ``POSE``."""
     if isinstance(given, np.ndarray):
-        if given.ndim != 2 or given.shape[1] not in (4, 5):
+        columns = {4: [FORWARD, RIGHT, YAW, PITCH], 5: range(5), 6: POSE, 7: range(7)}
+        if given.ndim != 2 or given.shape[1] not in columns:
             raise ShapeError("motions have the wrong shape", given=given.shape,
                              expected="(N, 4): forward, right, yaw, pitch", fix="add the others")
-        rows = np.pad(given.astype(np.float64), ((0, 0), (0, 5 - given.shape[1])))
+        rows = np.zeros((len(given), len(COLUMNS)))
+        rows[:, columns[given.shape[1]]] = given
     else:
         odd = sorted({name for motion in given for name in motion} - set(COLUMNS))
         if odd:
             raise ActionError("unknown motion", given=odd, expected=COLUMNS,
                               fix="use negative numbers for backward, left and down")
-        rows = np.array([[float(m.get(c, 0)) for c in COLUMNS] for m in given]).reshape(-1, 5)
+        rows = np.array([[float(m.get(c, 0)) for c in COLUMNS] for m in given]
+                        ).reshape(-1, len(COLUMNS))
     if not np.isfinite(rows).all():
         raise NotFiniteError("motion is not finite", given=rows[~np.isfinite(rows)][:4].tolist(),
                              expected="finite numbers", fix="check where the motion comes from")
@@ -106,22 +120,26 @@ def inverse(pose_N44: np.ndarray) -> np.ndarray:
 
 
 def _turn(axis: int, angle: np.ndarray) -> np.ndarray:
-    """Right-handed rotations (..., 4, 4) about x (0) or y (1)."""
+    """Right-handed rotations (..., 4, 4) about x (0), y (1) or z (2)."""
     out = np.zeros((*np.shape(angle), 4, 4))
     out[..., range(4), range(4)] = 1
-    cos, sin, (i, j) = np.cos(angle), np.sin(angle), ((1, 2) if axis == 0 else (2, 0))
+    cos, sin, (i, j) = np.cos(angle), np.sin(angle), ((1, 2), (2, 0), (0, 1))[axis]
     out[..., i, i], out[..., j, j], out[..., i, j], out[..., j, i] = cos, cos, -sin, sin
     return out
 
 
-def steps_of(motions_N5: np.ndarray) -> np.ndarray:
+def steps_of(motions_N7: np.ndarray) -> np.ndarray:
     """Each motion as a matrix (N, 4, 4) to multiply a c2w pose with from the right.
 
-    Turns come before moves; an orbit goes round the point one unit ahead, after both.
+    Columns that are not given are 0. Turns come before moves; an orbit goes round the point one
+    unit ahead, after both.
     """
-    m = np.asarray(motions_N5, np.float64)
+    m = np.asarray(motions_N7, np.float64)
+    m = np.concatenate([m, np.zeros((*m.shape[:-1], len(COLUMNS) - m.shape[-1]))], -1)
     out = _turn(1, m[..., YAW]) @ _turn(0, m[..., PITCH])
-    move = np.stack([m[..., RIGHT], np.zeros(m.shape[:-1]), m[..., FORWARD]], -1)
+    if m[..., ROLL].any():
+        out = out @ _turn(2, m[..., ROLL])
+    move = m[..., [RIGHT, DOWN, FORWARD]]
     out[..., :3, 3] = np.einsum("...ij,...j->...i", out[..., :3, :3], move)
     if m[..., ORBIT].any():
         away, back = np.eye(4), np.eye(4)
@@ -130,14 +148,33 @@ def steps_of(motions_N5: np.ndarray) -> np.ndarray:
     return out
 
 
-def walk(motions_N5: np.ndarray, start_44: np.ndarray | None = None) -> np.ndarray:
+def motions_between(c2w_N44: np.ndarray) -> np.ndarray:
+    """Motions (N - 1, 7) that lead along poses, whatever they are; ``walk`` goes them.
+
+    >>> motions_between(walk(motions([{"forward": 0.08, "pitch": 0.1}])))[0, :4].round(4).tolist()
+    [0.08, 0.0, 0.0, 0.1]
+    """
+    c2w_N44 = check_poses(c2w_N44)
+    step = inverse(c2w_N44[:-1]) @ c2w_N44[1:]
+    out = np.zeros((len(step), len(COLUMNS)))
+    level = np.hypot(step[:, 0, 2], step[:, 2, 2])
+    steep = level < 1e-9  # straight up or down, yaw and roll are one
+    out[:, YAW] = np.where(steep, np.arctan2(-step[:, 2, 0], step[:, 0, 0]),
+                           np.arctan2(step[:, 0, 2], step[:, 2, 2]))
+    out[:, PITCH] = np.arctan2(-step[:, 1, 2], level)
+    out[:, ROLL] = np.where(steep, 0, np.arctan2(step[:, 1, 0], step[:, 1, 1]))
+    out[:, [RIGHT, DOWN, FORWARD]] = np.einsum("nji,nj->ni", step[:, :3, :3], step[:, :3, 3])
+    return out
+
+
+def walk(motions_N7: np.ndarray, start_44: np.ndarray | None = None) -> np.ndarray:
     """c2w poses (N + 1, 4, 4): the start (default: the identity) and one after each motion.
 
     >>> walk(motions([{"forward": 0.08}]))[1, :3, 3].tolist()
     [0.0, 0.0, 0.08]
     """
     poses = [np.eye(4) if start_44 is None else np.asarray(start_44, np.float64)]
-    for step in steps_of(motions_N5):
+    for step in steps_of(motions_N7):
         poses.append(poses[-1] @ step)
     return np.stack(poses)
 
@@ -198,7 +235,13 @@ def _angles(turn_N44: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def check_poses(pose_N44: np.ndarray) -> np.ndarray:
     """Poses as float64, or a named error: shape, numbers, and that they are rigid motions."""
-    pose = np.asarray(pose_N44)
+    try:
+        pose = np.asarray(pose_N44)
+        pose = pose if pose.dtype.kind in "iuf" else pose.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ShapeError("poses are not matrices of numbers", given=str(error)[:80],
+                         expected="(N, 4, 4)", fix="give one 4 x 4 matrix per latent frame"
+                         ) from error
     if pose.ndim != 3 or pose.shape[1:] != (4, 4) or not len(pose):
         raise ShapeError("poses have the wrong shape", given=pose.shape, expected="(N, 4, 4)",
                          fix="give one 4 x 4 matrix per latent frame")

@@ -17,6 +17,7 @@ from worldgym.camera import DEFAULT_K, Thresholds, check_poses, inverse, labels_
 from worldgym.errors import ActionError, DatasetError, ShapeError
 
 PICTURES = 4  # per latent frame after the first
+LONGEST = 1_000_000  # latent frames of a pose string: days
 KEYS = {"w": 9, "s": 18, "d": 27, "a": 36, "right": 1, "left": 2, "up": 3, "down": 4}
 _OVERLAY = {"w": ("forward", 1), "s": ("forward", -1), "a": ("left", 1), "d": ("left", -1),
             "right": ("yaw", 1), "left": ("yaw", -1), "up": ("pitch", 1), "down": ("pitch", -1)}
@@ -80,7 +81,10 @@ def commands(text: str, published: bool = False) -> list[tuple[str, int]]:
     >>> commands("w-3, right-1")
     [('w', 3), ('right', 1)]
     """
-    out = []
+    if not isinstance(text, str):
+        raise ActionError("pose string is not a text", given=type(text).__name__,
+                          expected="a str", fix="write for instance 'w-4, right-2'")
+    out, total = [], 0
     for part in filter(None, (p.strip() for p in text.split(","))):
         pieces = [p.strip() for p in part.split("-")]
         number = None
@@ -99,6 +103,10 @@ def commands(text: str, published: bool = False) -> list[tuple[str, int]]:
                 expected="a whole number of latent frames",
                 fix="the published parser would cut it down"
                 f" to {int(number)}: write that, or give motions for smaller steps")
+        total += int(number)
+        if total > LONGEST:
+            raise ActionError("pose string is too long", given=repr(part),
+                              expected=f"at most {LONGEST} latent frames", fix="mend the count")
         out.append((pieces[0], int(number)))
     return out
 
@@ -155,11 +163,11 @@ def from_json(source: str | Path | Mapping[str, Any], recentre: bool | None = No
     entries = list(data.values())
     training = bool(entries) and isinstance(entries[0], Mapping) and "w2c" in entries[0]
     pose, K = ("w2c", "intrinsic") if training else ("extrinsic", "K")
-    try:
-        chosen = entries[::PICTURES] if training else entries
-        poses = np.array([e[pose] for e in chosen], np.float64)
-        Ks = np.array([e[K] for e in chosen], np.float64)
-    except (KeyError, TypeError, ValueError) as error:
+    every = slice(None, None, PICTURES if training else 1)
+    try:  # every entry has to be there, though not all are used: the layouts may be mixed up
+        poses = np.array([e[pose] for e in entries][every], np.float64)
+        Ks = np.array([e[K] for e in entries][every], np.float64)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DatasetError("pose entries cannot be read", given=f"{error!r}",
                            expected=f'entries {{"{pose}": 4 x 4, "{K}": 3 x 3}}',
                            fix="see worldgym.trajectory for the two layouts") from error
@@ -172,7 +180,7 @@ def from_json(source: str | Path | Mapping[str, Any], recentre: bool | None = No
 
 def _object(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     data: Any = source
-    if not isinstance(source, Mapping):
+    if isinstance(source, str | Path):
         try:
             data = json.loads(Path(source).read_text())
         except (OSError, ValueError) as error:

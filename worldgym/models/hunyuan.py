@@ -18,7 +18,7 @@ from worldgym.attention import attention
 from worldgym.errors import CheckpointError, ConfigError, ShapeError
 from worldgym.models.prope import Cameras, Projection
 from worldgym.models.wan import MIN_ROWS, Block, RMSNorm
-from worldgym.models.worldplay import CONTEXT_TIME, Context, angles32
+from worldgym.models.worldplay import CONTEXT_TIME, Context, angles32, check_labels, context_times
 from worldgym.rope import cos_sin, rotate, rotation
 
 WAVE = 256  # numbers in a sinusoid
@@ -332,8 +332,13 @@ class HunyuanDiT(nn.Module):
                              fix="add condition and mask channels with HunyuanDiT.inputs")
         proj = cast(nn.Conv3d, self.img_in["proj"])
         x = F.linear(x_BCFHW.flatten(2).mT, proj.weight.flatten(1), proj.bias)
+        if (*cameras.w2c_BF44.shape[:2], *labels_BF.shape) != (b, f, b, f):
+            raise ShapeError("cameras or labels do not fit the latents",
+                             given=f"cameras {tuple(cameras.w2c_BF44.shape)}, labels "
+                             f"{tuple(labels_BF.shape)}", expected=f"({b}, {f}) of each",
+                             fix="give one camera and label per slot and latent frame")
         t_BF = t[:, None].expand(b, f) if t.ndim == 1 else t
-        vec = self.time_in(t_BF) + self.action_in(labels_BF)
+        vec = self.time_in(t_BF) + self.action_in(check_labels(labels_BF))
         index = torch.arange(f, device=x.device) if frame_index_BF is None else frame_index_BF
         table = self.table(index if index.ndim == 2 else index[None], (height, width))
         see = cameras.projection(x)
@@ -350,11 +355,14 @@ class HunyuanDiT(nn.Module):
         return y.mT.unflatten(-1, (f, height, width))
 
     def context(self, x_BCFHW: Tensor, *, labels_BF: Tensor, cameras: Cameras, text_kv: TextKV,
-                t: float = CONTEXT_TIME) -> Context:
-        """Keys and values of clean past latents, which see each other and the text."""
+                t: float | Tensor = CONTEXT_TIME, **given: Any) -> Context:
+        """Keys and values of clean past latents, which see each other and the text.
+
+        Positions and ``t`` as in ``WorldPlayDiT.context``.
+        """
         record: list[tuple[Tensor, ...]] = []
-        times = torch.full((len(x_BCFHW), x_BCFHW.shape[2]), t, device=x_BCFHW.device)
-        self(x_BCFHW, times, labels_BF=labels_BF, cameras=cameras, text_kv=text_kv, record=record)
+        self(x_BCFHW, context_times(x_BCFHW, t), labels_BF=labels_BF, cameras=cameras,
+             text_kv=text_kv, record=record, **given)
         return Context(tuple((r[0], r[1]) for r in record), tuple((r[2], r[3]) for r in record))
 
     def inputs(self, x_BCFHW: Tensor, frames_BF: Tensor, first_BC1HW: Tensor | None) -> Tensor:

@@ -56,6 +56,21 @@ def angles32(value: Tensor, half: int) -> Tensor:
     return value.float()[..., None] * torch.exp(-math.log(10000) * power)
 
 
+def check_labels(labels_BF: Tensor) -> Tensor:
+    """The labels, if they are some of the 81; else a named error."""
+    if labels_BF.ndim != 2 or not bool(((labels_BF >= 0) & (labels_BF < LABELS)).all()):
+        raise ActionError("label is not one of the 81", given=labels_BF.flatten()[:8].tolist(),
+                          expected=f"(B, F) numbers 0..{LABELS - 1}: 9 * move + turn",
+                          fix="use worldgym.camera.label")
+    return labels_BF
+
+
+def context_times(x_BCFHW: Tensor, t: float | Tensor) -> Tensor:
+    """Timesteps (B, F) of context frames: one for all, or what is given for each."""
+    return t if isinstance(t, Tensor) else torch.full(
+        (len(x_BCFHW), x_BCFHW.shape[2]), t, device=x_BCFHW.device)
+
+
 class WorldPlayDiT(WanDiT):
     """``WanDiT`` that knows where the camera is and what was pressed.
 
@@ -97,11 +112,7 @@ class WorldPlayDiT(WanDiT):
 
     def actions(self, labels_BF: Tensor) -> Tensor:
         """Embedding (B, F, D) of labels 0..80; the number itself is the sinusoid's position."""
-        if labels_BF.ndim != 2 or not bool(((labels_BF >= 0) & (labels_BF < LABELS)).all()):
-            raise ActionError("label is not one of the 81", given=labels_BF.flatten()[:8].tolist(),
-                              expected=f"(B, F) numbers 0..{LABELS - 1}: 9 * move + turn",
-                              fix="use worldgym.camera.label")
-        rows = self.action_embedding(self.wave(labels_BF))
+        rows = self.action_embedding(self.wave(check_labels(labels_BF)))
         return rows[:labels_BF.numel()].unflatten(0, labels_BF.shape)
 
     def forward(self, x_BCFHW: Tensor, t: Tensor, context_BLD: Tensor | None = None, *,
@@ -176,8 +187,6 @@ class WorldPlayDiT(WanDiT):
         ``frame_index_BF`` is given. ``t``: one timestep, or one per frame (B, F).
         """
         record: list[tuple[Tensor, ...]] = []
-        times = t if isinstance(t, Tensor) else torch.full(
-            (len(x_BCFHW), x_BCFHW.shape[2]), t, device=x_BCFHW.device)
-        self(x_BCFHW, times, context_BLD, labels_BF=labels_BF, cameras=cameras, record=record,
-             **given)
+        self(x_BCFHW, context_times(x_BCFHW, t), context_BLD, labels_BF=labels_BF,
+             cameras=cameras, record=record, **given)
         return Context(tuple((r[0], r[1]) for r in record), tuple((r[2], r[3]) for r in record))

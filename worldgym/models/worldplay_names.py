@@ -28,14 +28,15 @@ ADDED = ("condition_embedder.action_embedder.", ".attn1.to_out_prope.")
 def native_name(name: str) -> str:
     """A tensor name of the published files in our network; other names stay as they are.
 
-    The training wrapper's ``model.`` goes wherever it stands, as in the published loader.
+    The training wrapper's ``model.`` goes wherever it stands, as in the published loader; the
+    first may be off already, and no name of the network holds it.
 
     >>> native_name("model.blocks.3.attn1.to_out_prope.0.weight")
     'blocks.3.self_attn.o_camera.weight'
     >>> native_name("blocks.0.norm2.bias"), native_name("scale_shift_table")
     ('blocks.0.norm3.bias', 'head.modulation')
     """
-    name = name.replace("model.", "") if name.startswith("model.") else name
+    name = name.replace("model.", "")
     for pattern, new in _RULES:
         name = pattern.sub(new, name)
     return name

@@ -96,11 +96,11 @@ class ChunkStepper:
         """
         b, n = len(noise_BCnHW), noise_BCnHW.shape[2]
         texts = b if context_BLD is None else len(context_BLD)
-        sizes = (len(histories), texts, *moves.labels_Bn.shape)
-        if sizes != (b, b, b, n) or n != self.memory.chunk:
+        sizes = (len(histories), texts, *moves.labels_Bn.shape, *moves.cameras.w2c_BF44.shape[:2])
+        if sizes != (b, b, b, n, b, n) or n != self.memory.chunk:
             raise ShapeError(
                 "slots and frames do not fit", given=f"{sizes[0]} histories, {sizes[1]} texts, "
-                f"labels {moves.labels_Bn.shape}, noise for {b} x {n} frames",
+                f"labels {moves.labels_Bn.shape}, cameras {sizes[4:]}, noise for {b} x {n} frames",
                 expected=f"as many slots of each, chunks of {self.memory.chunk} latent frames",
                 fix="give one pose and label per slot and latent frame")
         if first_BC1HW is not None and self.overwrites and any(len(h) for h in histories):
@@ -120,7 +120,8 @@ class ChunkStepper:
         w2c, K = moves.cameras.w2c_BF44, moves.cameras.K_BF33
         K = torch.eye(3).expand(b, n, 3, 3) if K is None else K
         poses, lenses = (x.double().numpy(force=True) for x in (w2c, K))
-        grown = [h.append(out[i].transpose(0, 1), poses[i], lenses[i], moves.labels_Bn[i])
+        # every slot keeps its own memory: a part of the batch would keep all of the batch
+        grown = [h.append(out[i].transpose(0, 1).clone(), poses[i], lenses[i], moves.labels_Bn[i])
                  for i, h in enumerate(histories)]
         return out, grown, chosen
 

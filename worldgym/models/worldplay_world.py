@@ -181,6 +181,10 @@ class WorldPlayWorld(World):
                     raise ShapeError("poses and frames of a start differ in number",
                                      given=f"{len(own)} poses", expected=f"{len(z)} poses, one "
                                      "per latent frame", fix="give the pose of every latent frame")
+                if len(z) == 1 and np.abs(own[0] - np.eye(4)).max() > 1e-9:
+                    raise ConfigError("a pose of a single picture", given=own[0].tolist(),
+                                      expected="none: an episode that begins with a picture begins "
+                                      "at the identity", fix="leave the pose out")
                 c2w[i, k - len(z):] = own
         length = np.array([len(z) for z in rows])
         action = self.spec.action
@@ -214,7 +218,7 @@ class WorldPlayWorld(World):
         for i, length in enumerate(np.asarray(starts.length_B).tolist()):
             past = Past(History.empty(self.memory.chunk), self.video)
             if length > 1:
-                own = latents[i, k - length:]
+                own = latents[i, k - length:].clone()  # not a part of the batch, which it outlives
                 poses = camera.check_poses(c2w[i, k - length:])
                 if length % self.memory.chunk:
                     raise ShapeError("a start of broken chunks", given=f"{length} latent frames",
@@ -286,7 +290,8 @@ class WorldPlayWorld(World):
             told = np.stack([camera.labels_of(camera.walk(m))[1:] if own is None else own
                              for m, own in read])
             there = self.heads.moves(state.latents_BCHW, torch.from_numpy(told).to(self.device))
-            motions[..., [camera.FORWARD, camera.RIGHT]] *= there.cpu().numpy()[..., None]
+            moves = [camera.FORWARD, camera.RIGHT, camera.DOWN]
+            motions[..., moves] *= there.cpu().numpy()[..., None]
         w2c, labels = [], []
         for i, past in enumerate(state.extra["past"]):
             begins = not len(past.history)
@@ -326,7 +331,7 @@ class WorldPlayWorld(World):
             latents[where] = made
             for row, i in enumerate(group):
                 streams = self.video.pictures > 1  # else a frame needs none before it
-                film = Film(made[row].transpose(0, 1), pasts[i].film if streams else None)
+                film = Film(made[row].transpose(0, 1).clone(), pasts[i].film if streams else None)
                 grown[i] = Past(histories[row], self.video, film, seen[row])
         return (latents.transpose(1, 2).float().contiguous(),
                 state.extra | {"past": PerSlot(grown)}, state.tables)
