@@ -4,12 +4,13 @@ import collections
 import os
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from worldgym import checkpoint
+from worldgym import checkpoint, picklefile
 from worldgym.agents import inspect
 from worldgym.agents.cli import main
 from worldgym.errors import CheckpointError, ConfigError, UnsafeFileError
@@ -168,6 +169,50 @@ def test_a_hostile_pickle_is_refused(write, tmp_path, make):
     with pytest.raises(UnsafeFileError, match="wants to run code"):
         load(path, SIZE)
     assert not list(tmp_path.glob("ran*"))
+
+
+def test_a_pickle_cannot_change_what_other_files_are_read_with(tmp_path):
+    """BUILD may set attributes: of nothing that outlives the file."""
+    rebuild = picklefile.HARMLESS["torch._utils._rebuild_tensor_v2"]
+    before = rebuild._function
+    for name, value in (("_function", b"ccollections\nOrderedDict\n"), ("other", b"K\x01")):
+        text = name.encode()
+        evil = (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X" + bytes([len(text), 0, 0, 0])
+                + text + value + b"s\x86b.")  # BUILD with the state (None, {name: value})
+        with zipfile.ZipFile(tmp_path / "evil.ckpt", "w") as archive:
+            archive.writestr("a/data.pkl", evil)
+            archive.writestr("a/version", "3")
+        with pytest.raises(UnsafeFileError, match="set"):
+            picklefile.load_records(tmp_path / "evil.ckpt")
+        assert rebuild._function is before
+
+
+def of_spec(**changes):
+    return lambda whole: whole["hyper_parameters"]["predictor_args"].pl_kwargs[
+        "model_spec"].update(changes)
+
+
+def of_images(**changes):
+    return lambda whole: whole["hyper_parameters"]["context_encoder_args"][
+        "images"].pl_kwargs["model_spec"].update(changes)
+
+
+@pytest.mark.parametrize("change", [
+    lambda whole: whole["state_dict"].update({3: torch.ones(1)}), of_spec(seq_len="10"),
+    of_spec(seq_len=None), of_spec(seq_len=torch.tensor(4)), of_spec(seq_len=4.0),
+    of_spec(nanogpt_version="x"), of_spec(nanogpt_version=None),
+    lambda whole: whole["state_dict"].update(
+        {"predictor.gpt_model.transformer.h.x.ln_1.weight": torch.ones(1)}),
+    lambda whole: whole["state_dict"].update(
+        {"predictor.gpt_model.transformer.wpe.weight": torch.tensor(1.0)}),
+    lambda whole: (whole["hyper_parameters"].update(variant="x"),
+                   whole["hyper_parameters"]["predictor_args"].pl_kwargs.clear()),
+    of_images(patch_size="4"), of_images(num_layers=10**7), of_images(vocab_size=10**12),
+    of_images(image_size_per_x_axis=10**9)])
+def test_anything_may_stand_in_a_file(write, change):
+    path, _ = write(change=change)
+    with pytest.raises((CheckpointError, ConfigError)):
+        load(path, SIZE)
 
 
 def drop(name):
