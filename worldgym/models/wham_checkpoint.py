@@ -164,7 +164,8 @@ def _understood(path: Path, loaded: Any, sizes: Sizes
         {str(k) for k in spec if k not in READ}
         | {f"images.{k}" for k in image_spec if k not in _known(image_spec) and k not in TRAINING
            and k != "taming_ddconfig"}),
-        "epoch": loaded.get("epoch"), "global step": loaded.get("global_step")}
+        **{name: value if isinstance(value, int | float) else None for name, value in (
+            ("epoch", loaded.get("epoch")), ("global step", loaded.get("global_step")))}}
     return config, {k: Entry.of(v) for k, v in tensors.items()}, notes
 
 
