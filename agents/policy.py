@@ -13,6 +13,7 @@ import numpy as np
 
 from worldgym.actions import ActionSpec
 from worldgym.errors import ConfigError
+from worldgym.models import wham_actions
 
 
 @runtime_checkable
@@ -104,7 +105,14 @@ def sample_action(action: ActionSpec, rng: np.random.Generator) -> np.ndarray:
 
 
 def idle_action(action: ActionSpec) -> np.ndarray:
-    """The action that does nothing: the first choice, all off, or zero within the bounds."""
+    """The action that does nothing: the first choice, all off, or zero within the bounds.
+
+    Of a controller as WHAM has it: no button and sticks in the middle, not far left and down.
+    """
+    controller = wham_actions.SPEC
+    if (action.kind, action.sizes, action.start) == (
+            controller.kind, controller.sizes, controller.start):
+        return wham_actions.NEUTRAL.reshape(action.shape).copy()
     if action.kind == "box":
         return np.clip(0.0, action.low, action.high).reshape(action.shape)
     return np.full(action.shape, action.start if action.kind != "multi_binary" else 0)

@@ -123,6 +123,9 @@ def dream(model: str | Path, episodes: str | Path, out: str | Path, how: Dreamin
     """
     from worldgym.envs.wham import controlled, open_world
 
+    if batch < 1 or (max_files is not None and max_files < 1):
+        raise ConfigError("impossible number of episodes", given=f"batch {batch}, max_files "
+                          f"{max_files}", expected="at least 1 of each", fix="leave them out")
     world = controlled(open_world(
         model, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, slide=how.slide,
         diagonal=how.diagonal, context_length=how.context_length,

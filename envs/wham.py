@@ -111,6 +111,7 @@ def open_world(model: str | Path | None, *, device: str | None = None, dtype: st
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
     given = {k: v for k, v in settings.items() if v is not None}
     how, more = (tuple(sorted((k, v) for k, v in given.items() if k in names))
                  for names in (SAMPLING, WORLD))
@@ -124,6 +125,20 @@ def open_world(model: str | Path | None, *, device: str | None = None, dtype: st
     parts = (str(path.resolve()), path.stat().st_mtime_ns, None if size is None else tuple(size),
              str(device), dtype)
     return _world(parts, how, more)
+
+
+def _check_device(device: Any) -> None:
+    """ConfigError unless torch can put tensors there."""
+    import torch
+
+    try:
+        there = torch.device(device).type in ("cpu", "cuda") and (
+            torch.device(device).type == "cpu" or torch.cuda.is_available())
+    except (RuntimeError, TypeError):
+        there = False
+    if not there:
+        raise ConfigError("no such device", given=repr(str(device)), expected="cpu, or cuda where "
+                          "there is one", fix="leave device out")
 
 
 def controlled(world: Any, model: Any) -> Any:

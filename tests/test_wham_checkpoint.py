@@ -4,17 +4,20 @@ import collections
 import os
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from worldgym import checkpoint
+from worldgym import checkpoint, picklefile
 from worldgym.agents import inspect
 from worldgym.agents.cli import main
+from worldgym.envs.wham import wham
 from worldgym.errors import CheckpointError, ConfigError, UnsafeFileError
-from worldgym.models import wham_checkpoint
-from worldgym.models.wham import tiny
+from worldgym.models import wham_actions, wham_checkpoint
+from worldgym.models.gpt import GPTConfig
+from worldgym.models.wham import Wham, WhamConfig, tiny
 from worldgym.models.wham_checkpoint import load
 
 HERE = Path(__file__).resolve().parent
@@ -29,6 +32,7 @@ def published_classes(package, put):
                          ("models.wham_token_model.gpt_token_transformer_predictor",
                           "GPTTokenPredictor"),
                          ("models.vqgan.vqgan", "VQGANModel"),
+                         ("models.vqgan.taming_vqgan", "TamingVQModel"),
                          ("models.wham_token_model.token_action_encoder", "ActionTokenEncoder")):
         full = f"{package}.{module}"
         for depth in range(1, full.count(".") + 2):  # pickle imports the parents too
@@ -55,12 +59,13 @@ def write(tmp_path, monkeypatch):
                              "pl_kwargs": kwargs, "pl_stored_params_override": None}
             return made
 
+        kind = {"vit": "VQGANModel", "conv": "TamingVQModel"}[model.cfg.tokenizer]
         image = dict(model.cfg.tokenizer_spec, is_perceptual=True, use_gan=False)
         if nested:
             sizes = {k: image.pop(k) for k in list(image) if k.startswith("image_size_per_")}
-            images = args("VQGANModel", variant={**sizes, "model_spec": image}, ckpt_path="None")
+            images = args(kind, variant={**sizes, "model_spec": image}, ckpt_path="None")
         else:
-            images = args("VQGANModel", model_spec=image, ckpt_path=None)
+            images = args(kind, model_spec=image, ckpt_path=None)
         middles = ("0.", "1.") if pair else ("",)
         state = collections.OrderedDict()
         for key, value in model.state_dict().items():
@@ -104,6 +109,26 @@ def test_the_published_layout_loads(write, layout):
     assert again.cfg.gpt == model.cfg.gpt and again.cfg.seq_len == model.cfg.seq_len
 
 
+def test_the_convolutional_tokeniser_loads_and_dreams(write, tmp_path):
+    spec = {"taming_n_embed": 16, "taming_embed_dim": 4, "taming_num_indices_per_axis": 4,
+            "taming_ddconfig": {
+                "double_z": False, "z_channels": 6, "resolution": 8, "in_channels": 3, "out_ch": 3,
+                "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [4],
+                "dropout": 0.0}}
+    gpt = GPTConfig(block_size=96, vocab_size=16 + 68, n_layer=2, n_head=4, n_embd=64)
+    model = Wham(WhamConfig(gpt=gpt, seq_len=3, tokenizer="conv", tokenizer_spec=spec))
+    model.gpt.initialize(torch.Generator().manual_seed(0))
+    path, _ = write(model)
+    again = load(path, SIZE)
+    want, got = model.state_dict(), again.state_dict()
+    assert set(want) == set(got) and all(torch.equal(want[k], got[k]) for k in want)
+    out = wham_checkpoint.convert(path, tmp_path / "w.safetensors", SIZE)
+    assert "conv" in inspect.describe(out)
+    env = wham(model=out)
+    env.reset(seed=0)
+    assert env.step(wham_actions.NEUTRAL)[0].shape == (8, 8, 3)
+
+
 def test_optimiser_state_is_never_read(write):
     def spoil(whole):  # a hundred megabytes that nobody touches
         whole["optimizer_states"] = [torch.empty(25_000_000)]
@@ -128,6 +153,13 @@ def test_conversion_gives_the_same_model(write, tmp_path):
     assert "Microsoft Research License" in told and "heads: 4" in told and "dropout" in told
     half = load(out, dtype=torch.bfloat16)
     assert half.gpt.network().wte.dtype == torch.bfloat16
+
+
+def test_odd_counters_do_not_keep_a_file_from_being_converted(write, tmp_path):
+    path, _ = write(change=lambda whole: whole.update(
+        epoch=torch.ones(3), global_step=whole["hyper_parameters"]["predictor_args"]))
+    out = wham_checkpoint.convert(path, tmp_path / "w.safetensors", SIZE)
+    assert "epoch: null" in inspect.describe(out)
 
 
 def test_command_line(write, tmp_path, capsys):
@@ -168,6 +200,50 @@ def test_a_hostile_pickle_is_refused(write, tmp_path, make):
     with pytest.raises(UnsafeFileError, match="wants to run code"):
         load(path, SIZE)
     assert not list(tmp_path.glob("ran*"))
+
+
+def test_a_pickle_cannot_change_what_other_files_are_read_with(tmp_path):
+    """BUILD may set attributes: of nothing that outlives the file."""
+    rebuild = picklefile.HARMLESS["torch._utils._rebuild_tensor_v2"]
+    before = rebuild._function
+    for name, value in (("_function", b"ccollections\nOrderedDict\n"), ("other", b"K\x01")):
+        text = name.encode()
+        evil = (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X" + bytes([len(text), 0, 0, 0])
+                + text + value + b"s\x86b.")  # BUILD with the state (None, {name: value})
+        with zipfile.ZipFile(tmp_path / "evil.ckpt", "w") as archive:
+            archive.writestr("a/data.pkl", evil)
+            archive.writestr("a/version", "3")
+        with pytest.raises(UnsafeFileError, match="set"):
+            picklefile.load_records(tmp_path / "evil.ckpt")
+        assert rebuild._function is before
+
+
+def of_spec(**changes):
+    return lambda whole: whole["hyper_parameters"]["predictor_args"].pl_kwargs[
+        "model_spec"].update(changes)
+
+
+def of_images(**changes):
+    return lambda whole: whole["hyper_parameters"]["context_encoder_args"][
+        "images"].pl_kwargs["model_spec"].update(changes)
+
+
+@pytest.mark.parametrize("change", [
+    lambda whole: whole["state_dict"].update({3: torch.ones(1)}), of_spec(seq_len="10"),
+    of_spec(seq_len=None), of_spec(seq_len=torch.tensor(4)), of_spec(seq_len=4.0),
+    of_spec(nanogpt_version="x"), of_spec(nanogpt_version=None),
+    lambda whole: whole["state_dict"].update(
+        {"predictor.gpt_model.transformer.h.x.ln_1.weight": torch.ones(1)}),
+    lambda whole: whole["state_dict"].update(
+        {"predictor.gpt_model.transformer.wpe.weight": torch.tensor(1.0)}),
+    lambda whole: (whole["hyper_parameters"].update(variant="x"),
+                   whole["hyper_parameters"]["predictor_args"].pl_kwargs.clear()),
+    of_images(patch_size="4"), of_images(num_layers=10**7), of_images(vocab_size=10**12),
+    of_images(image_size_per_x_axis=10**9)])
+def test_anything_may_stand_in_a_file(write, change):
+    path, _ = write(change=change)
+    with pytest.raises((CheckpointError, ConfigError)):
+        load(path, SIZE)
 
 
 def drop(name):

@@ -32,10 +32,13 @@ class _Call:
     __slots__ = ("_function",)
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+        object.__setattr__(self, "_function", function)
 
     def __call__(self, *args: Any) -> Any:
         return self._function(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise _Refused(f"BUILD, to set {name!r} of a function that every file is read with")
 
 
 def _plain_bytes(text: Any, encoding: Any) -> bytes:

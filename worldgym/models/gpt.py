@@ -119,10 +119,18 @@ class Layer(NamedTuple):
             k, v = F.linear(y, weight[size:], parts[1]).view(
                 *y.shape[:2], 2, self.heads, size // self.heads).unbind(2)
             x_BTD = x_BTD[:, -last:]
-        seen = attend(number, q, k, v)
-        x_BTD = x_BTD + F.linear(seen.reshape(x_BTD.shape), *self.out)
-        y = F.linear(torch.layer_norm(x_BTD, (size,), *self.ln_2), *self.up)
-        return x_BTD + F.linear(F.gelu(y, approximate="tanh"), *self.down)
+        return self.after(x_BTD, attend(number, q, k, v).reshape(x_BTD.shape))
+
+    def asked(self, x_RD: Tensor) -> Tensor:
+        """Queries, keys and values (R, 3, N, E) of one token of each row."""
+        y = torch.layer_norm(x_RD, x_RD.shape[-1:], *self.ln_1)
+        return F.linear(y, *self.qkv).view(len(y), 3, self.heads, -1)
+
+    def after(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Next (..., D), once attention has ``seen`` (..., D)."""
+        x = x + F.linear(seen, *self.out)
+        y = F.linear(torch.layer_norm(x, x.shape[-1:], *self.ln_2), *self.up)
+        return x + F.linear(F.gelu(y, approximate="tanh"), *self.down)
 
 
 class Block(nn.Module):
@@ -268,19 +276,32 @@ def losses(logits_BTV: Tensor, targets_BT: Tensor, mask_BT: Tensor | None = None
 class StaticCache:
     """Keys and values of ``size`` positions for rows of equal length, written in place.
 
-    ``k[layer]`` and ``v[layer]``: (B, size, N, E).
+    ``k[layer]`` and ``v[layer]``: (B, size, N, E), views of ``stores[layer]``, (B, 2, N, size, E).
     """
 
     def __init__(self, cfg: GPTConfig, rows: int, size: int, like: Tensor) -> None:
-        shape = (rows, cfg.n_head, size, cfg.n_embd // cfg.n_head)
+        shape = (rows, 2, cfg.n_head, size, cfg.n_embd // cfg.n_head)
         # in memory a head's keys lie side by side: attention reads them once for every token
-        self.k = [like.new_empty(shape).transpose(1, 2) for _ in range(cfg.n_layer)]
-        self.v = [like.new_empty(shape).transpose(1, 2) for _ in range(cfg.n_layer)]
+        self.stores = [like.new_empty(shape) for _ in range(cfg.n_layer)]
+        self.k = [store[:, 0].transpose(1, 2) for store in self.stores]
+        self.v = [store[:, 1].transpose(1, 2) for store in self.stores]
 
     def put(self, layer: int, at: slice | Tensor, k_BTNE: Tensor, v_BTNE: Tensor) -> None:
         """Write some positions of one layer."""
         self.k[layer][:, at] = k_BTNE
         self.v[layer][:, at] = v_BTNE
+
+    def append(self, layer: int, at: int, asked_B3NE: Tensor) -> Tensor:
+        """What one new token sees, (B, D), after its keys and values are written at ``at``.
+
+        The same as ``extend(at, 1)`` for what ``Layer.asked`` gives, in fewer calls: they take
+        longer than the arithmetic of a small model.
+        """
+        store = self.stores[layer]
+        store.select(3, at).copy_(asked_B3NE[:, 1:])
+        keys, values = store.narrow(3, 0, at + 1).unbind(1)
+        seen = attention(asked_B3NE[:, :1], keys.transpose(1, 2), values.transpose(1, 2))
+        return seen.reshape(len(seen), -1)
 
     def extend(self, start: int, count: int) -> Attend:
         """An ``attend`` that appends ``count`` tokens at ``start``; queries are its newest."""

@@ -48,9 +48,9 @@ class WhamConfig:
         if self.tokenizer not in TOKENIZERS:
             raise ConfigError("unknown image tokeniser", given=self.tokenizer,
                               expected=sorted(TOKENIZERS), fix="use one of these")
-        if self.seq_len < 2:
-            raise ConfigError("window is too short", given=f"seq_len {self.seq_len}",
-                              expected="at least 2: a window of seq_len - 1 is seen",
+        if not isinstance(self.seq_len, int) or self.seq_len < 2:
+            raise ConfigError("window is too short", given=f"seq_len {self.seq_len!r}",
+                              expected="an integer from 2 on: a window of seq_len - 1 is seen",
                               fix="read seq_len from the hyper-parameters")
 
     def to_json(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from worldgym import checkpoint
-from worldgym.errors import CheckpointError, ConfigError
+from worldgym.errors import CheckpointError, ConfigError, WorldGymError
 from worldgym.models.gpt import GPTConfig
 from worldgym.models.wham import SIZES, TOKENIZERS, Wham, WhamConfig
 from worldgym.picklefile import Record, load_records
@@ -121,6 +121,18 @@ def describe(path: str | Path, sizes: Sizes | None = None) -> dict[str, Any]:
 def _published(path: Path, sizes: Sizes
                ) -> tuple[WhamConfig, dict[str, Entry], dict[str, Any]]:
     loaded = load_records(path)
+    try:
+        return _understood(path, loaded, sizes)
+    except WorldGymError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        # anything may stand where a number, a name or a dict belongs
+        raise _odd(path, f"{type(error).__name__}: {error}"[:160],
+                   "hyper-parameters and tensors as the release writes them") from error
+
+
+def _understood(path: Path, loaded: Any, sizes: Sizes
+                ) -> tuple[WhamConfig, dict[str, Entry], dict[str, Any]]:
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
         raise _odd(path, "no state_dict", "a Lightning checkpoint with a state_dict")
     hyper = loaded.get("hyper_parameters")
@@ -143,6 +155,7 @@ def _published(path: Path, sizes: Sizes
     image_spec = _image_spec(image_args)
     if not isinstance(spec, dict) or "seq_len" not in spec:
         raise _odd(path, f"model_spec {spec}", "model_size and seq_len")
+    _check_depth(path, image_spec, len(tensors))
     config = WhamConfig(
         gpt=_gpt_config(path, spec, tensors, {**SIZES, **sizes}), seq_len=spec["seq_len"],
         tokenizer=CLASSES[kind], tokenizer_spec=_known(image_spec),
@@ -151,13 +164,23 @@ def _published(path: Path, sizes: Sizes
         {str(k) for k in spec if k not in READ}
         | {f"images.{k}" for k in image_spec if k not in _known(image_spec) and k not in TRAINING
            and k != "taming_ddconfig"}),
-        "epoch": loaded.get("epoch"), "global step": loaded.get("global_step")}
+        **{name: value if isinstance(value, int | float) else None for name, value in (
+            ("epoch", loaded.get("epoch")), ("global step", loaded.get("global_step")))}}
     return config, {k: Entry.of(v) for k, v in tensors.items()}, notes
 
 
 def _odd(path: Path, given: str, expected: str) -> CheckpointError:
     return CheckpointError("not a WHAM checkpoint", given=f"{path}: {given}", expected=expected,
                            fix="give the .ckpt of a published WHAM model")
+
+
+def _check_depth(path: Path, spec: Mapping[str, Any], stored: int) -> None:
+    """Refuse a tokeniser of more layers than there are tensors: building it would not end."""
+    conv = spec.get("taming_ddconfig") or {}
+    told = [spec.get("num_layers"), conv.get("num_res_blocks"), len(conv.get("ch_mult", ()))]
+    if any(isinstance(count, int) and count > stored for count in told):
+        raise _odd(path, f"a tokeniser of {max(n for n in told if isinstance(n, int))} layers and "
+                   f"{stored} tensors", "as many layers as the file holds")
 
 
 def _single(args: Any) -> Any:

@@ -85,53 +85,49 @@ def _first(rows: int, attend):
 class _Next:
     """Feeds one token per slot, at its own position of its own cache."""
 
-    def __init__(self, model: Wham, groups: Sequence[Group]) -> None:
+    def __init__(self, model: Wham, groups: Sequence[Group], steps: int) -> None:
         self.network, self.groups, self.offset = model.gpt.network(), groups, 0
         self.count = groups[-1].rows.stop
         self.rows = at_least(self.count, model.gpt.device)
         lengths = [g.length for g in groups for _ in range(g.rows.start, g.rows.stop)]
         lengths += [0] * (self.rows - self.count)
         base = torch.tensor(lengths, device=model.gpt.device)
-        steps = torch.arange(model.step_tokens, device=base.device)
-        # a frame may end before the last of these, at the end of the position table
-        last = len(self.network.wpe) - 1
-        places = (steps[:, None] + base).clamp_max(last)
-        self.places = F.embedding(places, self.network.wpe)[:, :, None].unbind()
-        self.buffer = base.new_zeros(self.rows, 1)
-        self.seen: Tensor | None = None
+        places = torch.arange(steps - 1, device=base.device)[:, None] + base
+        self.places = F.embedding(places, self.network.wpe).unbind()
+        self.buffer = base.new_zeros(self.rows)
+        self.ids_B1 = self.buffer[:self.count, None]
+        # what slots see, side by side; rows that only fill a product stay 0
+        self.seen = self.network.wpe.new_zeros(self.rows, self.network.wpe.shape[1])
+        self.parts = [(g, g.length, self.seen[g.rows]) for g in groups]
+        self.alone = len(groups) == 1 and self.rows == self.count
 
     def feed(self, ids_B1: Tensor) -> Tensor:
-        """Final states (B, D) after these ids."""
-        self.buffer[:self.count] = ids_B1
+        """Final states (rows, D) after these ids."""
+        self.ids_B1.copy_(ids_B1)
         x = F.embedding(self.buffer, self.network.wte) + self.places[self.offset]
-        x = self.network.through(x, self)
+        for number, layer in enumerate(self.network.layers):
+            asked = layer.asked(x)
+            if self.alone:
+                group, length, _ = self.parts[0]
+                seen = group.cache.append(number, length + self.offset, asked)
+            else:
+                seen = self.seen
+                for group, length, part in self.parts:
+                    at = length + self.offset
+                    part.copy_(group.cache.append(number, at, asked[group.rows]))
+            x = layer.after(x, seen)
         self.offset += 1
-        return x[:, 0]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if len(self.groups) == 1 and self.rows == self.count:
-            return self._attend(self.groups[0], layer, q, k, v)
-        if self.seen is None:  # rows that only fill a product stay 0
-            self.seen = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        for g in self.groups:
-            self.seen[g.rows] = self._attend(g, layer, q[g.rows], k[g.rows], v[g.rows])
-        return self.seen
-
-    def _attend(self, group: Group, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        at = group.length + self.offset
-        keys, values = group.cache.k[layer], group.cache.v[layer]
-        keys[:, at], values[:, at] = k[:, 0], v[:, 0]
-        return attention(q, keys[:, :at + 1], values[:, :at + 1])
+        return x
 
 
 @torch.inference_mode()
 def raster(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Choose,
            act: Choose | None = None, watch: Watch | None = None) -> tuple[Tensor, Tensor | None]:
     """Image ids (B, I), one by one, and with ``act`` the action ids (B, A) that follow."""
-    after = _Next(model, groups)
     ranges = [model.image_range(i) for i in range(model.image_tokens)]
     if act is not None:
         ranges += [model.action_range(i) for i in range(model.step_tokens - model.image_tokens)]
+    after = _Next(model, groups, len(ranges))
     made: list[Tensor] = []
     x = _fill(state_BD, after.rows)
     for index, (low, high) in enumerate(ranges):
@@ -153,10 +149,11 @@ def raster(model: Wham, groups: Sequence[Group], state_BD: Tensor, choose: Choos
 def actions(model: Wham, groups: Sequence[Group], act: Choose,
             watch: Watch | None = None) -> Tensor:
     """Action ids (B, A) that follow sequences which end with an image."""
-    after = _Next(model, groups)
+    count = model.step_tokens - model.image_tokens
+    after = _Next(model, groups, count)
     made: list[Tensor] = []
     x = _fill(prefill(model, groups), after.rows)
-    for index in range(model.step_tokens - model.image_tokens):
+    for index in range(count):
         if index:
             x = after.feed(made[-1])
         if watch is not None:

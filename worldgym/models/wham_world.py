@@ -218,6 +218,8 @@ class WhamWorld(World):
     def _keep(self, state: WorldState, order: np.ndarray, groups: list[Group],
               pairs: np.ndarray) -> Tables:
         """Tables after a step: grown where the next step extends the window, else empty."""
+        if int(pairs.min()) >= self.window:
+            return Tables.empty(state.num_slots)
         s, width = self.pool.spec.tokens, int(pairs.max()) + 1
         pages = np.full((state.num_slots, width), -1, np.int64)
         fresh: list[np.ndarray] = []
