@@ -238,8 +238,8 @@ def speed(model: Wham, what: str, seconds: float) -> list[Row]:
             order.frame(ids, u)
 
     note = (f"{model.image_tokens} + {wham_actions.COUNT} tokens a step, window of {pairs}, width "
-            f"{model.cfg.gpt.n_embd}, {model.cfg.gpt.n_head} heads, {model.cfg.gpt.n_layer} layers; "
-            "full window, one slot; processor time, in turn, medians")
+            f"{model.cfg.gpt.n_embd}, {model.cfg.gpt.n_head} heads, {model.cfg.gpt.n_layer} "
+            "layers; full window, one slot; processor time, in turn, medians")
     slow, fast = in_turn(timed(published), timed(stepping(world, 1)), seconds)
     one, many = in_turn(timed(stepping(world, 1)), timed(stepping(world, 16)), seconds)
     ratio = 16 * float(np.median(one) / np.median(many))
