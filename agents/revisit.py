@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as imageio
 import numpy as np
 import torch
 
 from worldgym.agents.replays import ssim
-from worldgym.agents.results import Row, write
+from worldgym.agents.results import Row, atomic_bytes, write
 from worldgym.agents.stats import summary
 from worldgym.envs.rooms import FRAMES, INVERSE, LABELS, Rooms
 from worldgym.errors import ConfigError
@@ -127,14 +128,29 @@ def compare(world: Any, one: Route, made: np.ndarray) -> dict[str, float]:
             "r_dist": float(angle[old].mean()), "t_dist": float(away[old].mean())}
 
 
+def strip(ways: Sequence[Route], made: dict[str, np.ndarray], shown: int = 3) -> np.ndarray:
+    """A picture (H, W, 3): for some ways, what every kind of ``made`` (B, 2 N, H, W, 3) shows on
+    the way out (left) and back (right), with the same places at the same distance from the middle.
+    """
+    rows = []
+    for i, way in enumerate(ways[:shown]):
+        n = len(way.frames)
+        out = [0, n // 6, n // 3, n // 2, 2 * n // 3]
+        for frames in made.values():
+            first = np.concatenate([way.picture[None], frames[i]])  # at poses 0 to N and back to 0
+            rows.append(np.concatenate([first[j] for j in out + [2 * n - j for j in out[::-1]]], 1))
+        rows.append(np.full((4, rows[-1].shape[1], 3), 255, np.uint8))
+    return np.concatenate(rows[:-1]).repeat(2, 0).repeat(2, 1)
+
+
 def revisit(folder: str | Path, out: str | Path | None = None, *, plain: str | Path | None = None,
-            routes: int = 32, steps: Sequence[int] = (6, 24), seed: int = SEED,
+            routes: int = 32, steps: Sequence[int] = (24, 6, 120), seed: int = SEED,
             device: str = "cpu") -> list[Row]:
     """Measure a world of rooms with its memory, without, and with plain positions.
 
     Args:
         folder: world that ``worldgym fit-rooms`` wrote.
-        out: results file. plain: world fitted with ``--positions plain``; None: the same weights,
+        out: results file; a picture of the first length is written beside it. plain: world fitted with ``--positions plain``; None: the same weights,
             told plain positions when they step.
         routes: how many. steps: of the ways out; rows of longer ways than the first are named so.
     """
@@ -142,18 +158,19 @@ def revisit(folder: str | Path, out: str | Path | None = None, *, plain: str | P
 
     if not steps or min(steps) < 1 or routes < 1:
         raise ConfigError("impossible routes", given=f"{routes} of {tuple(steps)} steps",
-                          expected="at least 1 of each", fix="use 32 and 6 24")
+                          expected="at least 1 of each", fix="use 32 and 24 6 120")
     kinds: dict[str, tuple[str | Path, dict[str, Any]]] = {
         "memory": (folder, {}), "no-memory": (folder, {"memory": "none"}),
         "plain-positions": (plain or folder, {"positions": "plain"})}
     rows = []
     for length in steps:
         ways: list[Route] = []
+        seen: dict[str, np.ndarray] = {}
         for what, (where, changes) in kinds.items():
             world = rooms.load(where, device, **changes)
             world.heads = None  # the ways are free
             ways = ways or find_routes(routes, length, world.spec.frame_hw, seed)
-            made = dream(world, ways)
+            made = seen[what] = dream(world, ways)
             figures = [compare(world, way, m) for way, m in zip(ways, made, strict=True)]
             note = f"{length} steps ({length * FRAMES} frames) out and back" + (
                 "; weights fitted with reframed positions" * (
@@ -163,6 +180,10 @@ def revisit(folder: str | Path, out: str | Path | None = None, *, plain: str | P
                 s = summary([f[metric] for f in figures])
                 rows.append(Row(what=name, metric=metric, value=s.mean, ci95=(s.low, s.high),
                                 n=routes, unit=unit, seeds=f"from {seed}", sd=s.sd, note=note))
+        if out is not None and length == steps[0]:
+            picture = strip(ways, {k: seen[k] for k in ("memory", "no-memory")})
+            atomic_bytes(Path(out).with_suffix(".png"), imageio.imwrite("<bytes>", picture,
+                                                                        extension=".png"))
     if out is not None:
         write(out, rows)
     return rows

@@ -264,6 +264,10 @@ def test_revisit_figures(folder, tmp_path):
     assert {w for w, _ in names} == {f"{w}{x}" for w in ("memory", "no-memory", "plain-positions")
                                      for x in ("", "-5")}
     assert {m for _, m in names} == set(revisit.UNITS) and (tmp_path / "r.json").is_file()
+    import imageio.v3 as imageio
+
+    picture = imageio.imread(tmp_path / "r.png")  # two ways, two kinds, white between
+    assert picture.shape == (2 * (4 * 40 + 4), 2 * 10 * 48, 3) and picture.std() > 5
     ways = revisit.find_routes(2, 4, (40, 48))
     assert [len(w.poses) for w in ways] == [17, 17]
     world = rooms.load(folder)
