@@ -150,7 +150,8 @@ def revisit(folder: str | Path, out: str | Path | None = None, *, plain: str | P
 
     Args:
         folder: world that ``worldgym fit-rooms`` wrote.
-        out: results file; a picture of the first length is written beside it. plain: world fitted with ``--positions plain``; None: the same weights,
+        out: results file; a picture of the first length is written beside it.
+        plain: world fitted with ``--positions plain``; None: the same weights,
             told plain positions when they step.
         routes: how many. steps: of the ways out; rows of longer ways than the first are named so.
     """
