@@ -78,8 +78,8 @@ def test_a_turn_shows_what_turning_back_hides():
 def test_walls_stop_the_dream_where_they_stop_the_game():
     """Heads against the game: is the next move free, from frames of real walks?"""
     net = rooms.load_net(FOLDER).eval()
-    right = []
-    for seed in range(12):
+    right, free = [], []
+    for seed in range(24):
         game, rng = Rooms(horizon=None), np.random.default_rng(seed)
         frame, _ = game.reset(seed=1_600_000 + seed)
         for _ in range(12):
@@ -88,10 +88,12 @@ def test_walls_stop_the_dream_where_they_stop_the_game():
             if action == AHEAD:
                 told = net.outcome.moves(encoded(net, frame), labels(AHEAD))[0].numpy()
                 right.append(told[:len(info["moved"])] == info["moved"])
+                free.append(info["moved"])
             frame = new
             if won:
                 break
-    assert np.concatenate(right).mean() > 0.85
+    usual = np.concatenate(free).mean()
+    assert np.concatenate(right).mean() > max(usual, 1 - usual) + 0.04, usual
 
 
 def encoded(net, frame):
@@ -122,9 +124,9 @@ def test_the_goal_ends_the_episode_where_the_game_ends_it():
                 (ends if won else others).append(chance > 0.5)
             if won:
                 break
-        if len(ends) == 6:
+        if len(ends) == 10:
             break
-    assert len(ends) >= 4 and np.mean(ends) > 0.7 and np.mean(others) < 0.05
+    assert len(ends) >= 8 and np.mean(ends) > 0.5 and np.mean(others) < 0.05
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="revisits were not measured")
