@@ -30,6 +30,7 @@ class _Call:
     """A function that the pickle can call but not change (BUILD sets attributes of anything)."""
 
     __slots__ = ("_function",)
+    _function: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any]) -> None:
         object.__setattr__(self, "_function", function)
