@@ -15,6 +15,7 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from worldgym.agents.replays import ssim
 from worldgym.agents.results import Row, atomic_bytes, write
@@ -93,7 +94,7 @@ def dream(world: Any, routes: Sequence[Route], seed: int = 0) -> np.ndarray:
                         [seed + i for i in range(len(routes))])
     keys = np.array([[*r.keys, *back(r.keys)] for r in routes])
     made = []
-    for actions in keys.T:
+    for actions in tqdm(keys.T, desc=f"{keys.shape[1]} steps", mininterval=5.0):
         new, chunk = world.step(state, actions)
         state.release()
         state = new
