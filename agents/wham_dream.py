@@ -121,16 +121,10 @@ def dream(model: str | Path, episodes: str | Path, out: str | Path, how: Dreamin
         DatasetError: an episode is broken, too short or of another size; before any work.
         ConfigError: impossible settings, or ``out`` was begun with others.
     """
-    from worldgym.envs.wham import controlled, open_world
-
     if batch < 1 or (max_files is not None and max_files < 1):
         raise ConfigError("impossible number of episodes", given=f"batch {batch}, max_files "
                           f"{max_files}", expected="at least 1 of each", fix="leave them out")
-    world = controlled(open_world(
-        model, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, slide=how.slide,
-        diagonal=how.diagonal, context_length=how.context_length,
-        propose=True if how.protocol == "comprehensive" and how.diagonal is None else None,
-        **opened), model)
+    world = _world(model, how, opened)
     episodes, out = Path(episodes), Path(out)
     files = wham_npz.files(episodes)[:max_files]
     root = episodes if episodes.is_dir() else episodes.parent
@@ -157,6 +151,16 @@ def dream(model: str | Path, episodes: str | Path, out: str | Path, how: Dreamin
         took = (time.monotonic() - began) / (how.steps * len(part))
         say(f"{first + len(part)} of {len(todo)}: {part[-1]} ({took:.2f} s per frame)")
     return [out / name for name in names]
+
+
+def _world(model: str | Path, how: Dreaming, opened: dict[str, Any]) -> Any:
+    from worldgym.envs.wham import controlled, open_world
+
+    return controlled(open_world(
+        model, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, slide=how.slide,
+        diagonal=how.diagonal, context_length=how.context_length,
+        propose=True if how.protocol == "comprehensive" and how.diagonal is None else None,
+        **opened), model)
 
 
 def _check(file: Path, length: int, hw: tuple[int, int]) -> None:

@@ -163,13 +163,7 @@ class Fit(Stages):
                 "width": given.get("width", old.wan.dim),
                 "layers": given.get("layers", old.wan.num_layers),
                 "patch": tuple(given.get("patch", old.wan.patch_size[1:]))}
-        wrong = [k for k in mine if mine[k] != want[k]]
-        if wrong:
-            raise ConfigError("the world to start from does not fit",
-                              given=f"{self.cfg.init} with " + ", ".join(
-                                  f"{k} {mine[k]}" for k in wrong),
-                              expected=", ".join(f"{k} {want[k]}" for k in wrong),
-                              fix="fit without --init, or record the same frame size and actions")
+        self.agree(mine, want, "fit without --init, or record the same frame size and actions")
         return network
 
     def _reward_range(self) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -80,15 +80,9 @@ class FitParty(Stages):
         c, recent = made.cfg.codec.channels, max(cfg.recent, made.cfg.dynamics.recent)
         old = replace(made.cfg.dynamics, window=config.dynamics.window, recent=recent, wan=replace(
             made.cfg.dynamics.wan, in_dim=c * (1 + recent)))
-        wrong = {k: (a, b) for k, a, b in (
-            ("games", made.cfg.games, config.games), ("codec", made.cfg.codec, config.codec),
-            ("dynamics", old, config.dynamics)) if a != b}
-        if wrong:
-            raise ConfigError("the world to start from does not fit",
-                              given=f"{cfg.init} with " + ", ".join(
-                                  f"{k} {a}" for k, (a, _) in wrong.items()),
-                              expected=", ".join(f"{k} {b}" for k, (_, b) in wrong.items()),
-                              fix="fit without --init, or with its games and sizes")
+        self.agree({"games": made.cfg.games, "codec": made.cfg.codec, "dynamics": old},
+                   {"games": config.games, "codec": config.codec, "dynamics": config.dynamics},
+                   "fit without --init, or with its games and sizes")
         weights = {k: v for k, v in made.state_dict().items() if not k.startswith("book.")}
         name = "dynamics.dit.patch_embedding.weight"  # newest frames first: older ones count from 0
         weights[name] = torch.nn.functional.pad(

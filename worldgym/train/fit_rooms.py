@@ -233,13 +233,7 @@ class FitRooms(Fit):
         want = {"frames": tuple(self.episodes.frame_hw), "labels": list(recipe["labels"]),
                 "chunk": int(recipe.get("frames", 4)), "K": np.ravel(recipe["K"]).tolist(),
                 "width": cfg.width or old.wan.dim, "layers": cfg.layers or old.wan.num_layers}
-        wrong = [k for k in mine if mine[k] != want[k]]
-        if wrong:
-            raise ConfigError("the world to start from does not fit",
-                              given=f"{cfg.init} with " + ", ".join(
-                                  f"{k} {mine[k]}" for k in wrong),
-                              expected=", ".join(f"{k} {want[k]}" for k in wrong),
-                              fix="use a world fitted to such recordings, and leave sizes out")
+        self.agree(mine, want, "use a world fitted to such recordings, and leave sizes out")
         self.clips = Clips(self.episodes, old)
         return net
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from worldgym.errors import CheckpointError
+from worldgym.errors import CheckpointError, ConfigError
 from worldgym.models.codec import cell_weight, codec_loss, to_pixels
 from worldgym.train.distributed import Group
 from worldgym.train.loop import Loop, LoopConfig
@@ -37,6 +37,15 @@ class Stages:
         self.out, self.work = Path(cfg.out), Path(cfg.out) / "training"
         self.seconds: dict[str, float] = {}
         self.about: dict[str, Any] = {}
+
+    def agree(self, mine: dict[str, Any], want: dict[str, Any], fix: str) -> None:
+        """ConfigError where the world to start from is not as data and settings want it."""
+        wrong = [k for k in mine if mine[k] != want[k]]
+        if wrong:
+            raise ConfigError("the world to start from does not fit",
+                              given=f"{self.cfg.init} with " + ", ".join(
+                                  f"{k} {mine[k]}" for k in wrong),
+                              expected=", ".join(f"{k} {want[k]}" for k in wrong), fix=fix)
 
     def loop(self, name: str, iterations: int, about: dict, **changes: Any) -> Loop:
         """The training loop of one part."""
