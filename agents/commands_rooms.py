@@ -80,7 +80,7 @@ class Revisit:
     """Measure whether a world of rooms brings old views back: out and back on the same way.
 
     Args:
-        world: folder that `worldgym fit-rooms` wrote; default: the shipped one.
+        world: id, or folder that `worldgym fit-rooms` wrote.
         plain: world fitted with --positions plain; default: the same weights.
         out: results file to write.
         routes: how many ways.
@@ -88,7 +88,7 @@ class Revisit:
         device: cpu or cuda.
     """
 
-    world: Path | None = None
+    world: str = "worldgym/Rooms-v0"
     plain: Path | None = None
     out: Path | None = Path("results/rooms_revisit.json")
     routes: int = 32
@@ -98,9 +98,9 @@ class Revisit:
     def run(self) -> None:
         """Measure."""
         from worldgym.agents.revisit import revisit
-        from worldgym.envs.tasks import TASKS
+        from worldgym.envs.tasks import place
 
-        folder = self.world or TASKS["worldgym/Rooms-v0"]["folder"]
+        folder = place(self.world)
         for row in revisit(folder, self.out, plain=self.plain, routes=self.routes,
                            steps=self.steps, device=self.device):
             low, high = row.ci95 or (row.value, row.value)

@@ -110,12 +110,12 @@ def from_command(command: Any, fit_settings: dict[str, Any]) -> list[Round]:
     """``worldgym iterate``: the functions that ``iterate`` needs, made from the command line."""
     from worldgym.agents.games import record, remember_task
     from worldgym.data.store import Episodes
-    from worldgym.envs.tasks import TASKS, load_task
+    from worldgym.envs.tasks import load_task, place
     from worldgym.train.fit import FitConfig, fit
 
     env = command.world
     first = load_task(command.world)
-    folder = TASKS[env]["folder"] if env in TASKS else Path(env)
+    folder = place(env)
 
     def collect(data: Path, agent: Path | None, world: str | Path, number: int) -> int:
         players = ("sticky:0.2", "sticky:0.5") if agent is None else (

@@ -28,9 +28,10 @@ ITSELF = "wham"  # who acts when nobody is named
 
 def is_wham_world(name: str | Path) -> bool:
     """Whether this is a WHAM file, or the folder of a small WHAM; nothing is loaded."""
+    from worldgym.envs.tasks import place
     from worldgym.models import nano, wham_checkpoint, wham_nano
 
-    path = Path(name)
+    path = place(name)
     if path.is_file():
         return wham_checkpoint.is_wham(path)
     try:
@@ -51,10 +52,10 @@ def open_task(name: str | Path, *, starts: str | Path | None = None,
     Raises:
         ConfigError: no horizon, or starts of a folder, which has its own.
     """
-    from worldgym.envs.tasks import load_task
+    from worldgym.envs.tasks import load_task, place
     from worldgym.envs.wham import load_wham, open_world
 
-    if Path(name).is_dir():
+    if place(name).is_dir():
         if starts is not None:
             raise ConfigError("this world has starts of its own", given=starts, expected="none",
                               fix="leave --starts out")

@@ -25,6 +25,12 @@ TASKS: dict[str, dict[str, Any]] = {
     "worldgym/Rooms-v0": {"folder": PACKAGED / "rooms"},
 }
 
+
+def place(name: str | Path) -> Path:
+    """The folder of a shipped world's id; any other name is a path already."""
+    return Path(TASKS[str(name)]["folder"]) if str(name) in TASKS else Path(name)
+
+
 Judge = Callable[[Any], Any]
 
 

@@ -16,7 +16,7 @@ from gymnasium.vector.utils import batch_space
 
 from worldgym.envs.dream import DreamEnv
 from worldgym.envs.make import _split
-from worldgym.envs.tasks import Task
+from worldgym.envs.tasks import Task, place
 from worldgym.envs.vector import DreamVectorEnv
 from worldgym.envs.wham_starts import Past, WhamStarts
 from worldgym.errors import CheckpointError, ConfigError, DTypeError, ShapeError
@@ -85,8 +85,8 @@ def open_world(model: str | Path | None, *, device: str | None = None, dtype: st
     """The ``WhamWorld`` of a file, shared within a process.
 
     Args:
-        model: published ``.ckpt``, or what ``worldgym convert`` wrote; or a small WHAM's folder
-            (``worldgym fit --dynamics wham``).
+        model: published ``.ckpt``, or what ``worldgym convert`` wrote; or a small WHAM's id or
+            folder (``worldgym fit --dynamics wham``).
         device: None: cuda where there is one. dtype: float32 (exact) or bfloat16.
         size: layers, heads, width, where the built-in table lacks the file's size name.
         settings: temperature, top_k, top_p, deterministic (``Sampling``); context_length, slide,
@@ -98,7 +98,7 @@ def open_world(model: str | Path | None, *, device: str | None = None, dtype: st
     if model is None:
         raise ConfigError("no WHAM file", given="no model", expected="a published .ckpt, or what "
                           "worldgym convert wrote", fix=f'gymnasium.make("{ID}", model="FILE")')
-    path = Path(model)
+    path = place(model)
     folder = path.is_dir() and (path / "world.safetensors").is_file()
     if not path.is_file() and not folder:
         raise CheckpointError("WHAM file is missing", given=path, expected="a published .ckpt, or "

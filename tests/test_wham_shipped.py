@@ -105,3 +105,18 @@ def test_it_was_measured_beside_nano():
             assert np.isfinite(rows[what, metric]["value"])
     assert rows["wham", "action_wasserstein_8"]["value"] < rows["uniform", "action_wasserstein_8"][
         "value"]
+
+
+def test_its_id_stands_for_its_folder_wherever_a_world_or_a_file_is_asked_for(tmp_path):
+    from worldgym.agents.cli import main
+    from worldgym.agents.scripted import parse_policy
+    from worldgym.agents.wham_rollout import is_wham_world
+    from worldgym.data.store import Episodes
+
+    assert is_wham_world(ID) and not is_wham_world("worldgym/TakeCover-v0")
+    policy = parse_policy(f"wham:{ID}", load_task(ID).world.spec.action)
+    assert policy.name == f"wham:{ID}"
+    main(["rollout", "--env", ID, "--out", str(tmp_path / "r"), "--episodes", "1",
+          "--max-cycles", "3"])
+    store = Episodes.open(tmp_path / "r")
+    assert len(store) == 1 and store.frame_hw == (32, 80)
