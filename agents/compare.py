@@ -44,20 +44,23 @@ def text_table(scores: Scores, against: str | None = "random") -> str:
     head = ["policy", "real mean ± sd", "95% interval", "n", "dream mean", "dream - real",
             f"real gain over {against}"]
     lines = [head]
+    means = [abs(played.summary.mean) for at in scores.values() for played in at.values()]
+    d = 0 if max(means, default=0) >= 10 else 2  # digits: games that pay 1 are told apart, too
     for name, at in scores.items():
         real, dream = at.get("real"), at.get("dream")
         line = [name, "-", "-", "-", "-", "-", "-"]
         if real is not None:
             s = real.summary
-            line[1:4] = [f"{s.mean:.0f} ± {s.sd:.0f}", f"{s.low:.0f} to {s.high:.0f}", str(s.n)]
+            line[1:4] = [f"{s.mean:.{d}f} ± {s.sd:.{d}f}", f"{s.low:.{d}f} to {s.high:.{d}f}",
+                         str(s.n)]
         if dream is not None:
-            line[4] = f"{dream.summary.mean:.0f}"
+            line[4] = f"{dream.summary.mean:.{d}f}"
         if real is not None and dream is not None:
-            line[5] = f"{optimism(dream, real).mean:+.0f}"
+            line[5] = f"{optimism(dream, real).mean:+.{d}f}"
         base = scores.get(against, {}).get("real") if against else None
         if real is not None and base is not None and name != against:
             gain = better(real, base)
-            line[6] = f"{gain.mean:+.0f} ({gain.low:+.0f} to {gain.high:+.0f})"
+            line[6] = f"{gain.mean:+.{d}f} ({gain.low:+.{d}f} to {gain.high:+.{d}f})"
         lines.append(line)
     if against not in scores:
         lines = [line[:6] for line in lines]

@@ -70,7 +70,9 @@ def test_optimism_and_difference():
     row = real.row("mine", "tics").to_json()
     assert row["metric"] == "real_return" and row["seeds"] == "0-2" and row["n"] == 3
     table = text_table({"mine": {"real": real, "dream": dream}, "random": {"real": real}})
-    assert "+4" in table and "random" in table
+    assert "+4.00" in table and "2.00 ± 1.00" in table and "random" in table
+    many = Played("p", "real", (0, 1, 2), np.array([700.0, 800, 900]), np.ones(3, int))
+    assert "800 ± 100" in text_table({"mine": {"real": many}})
     assert seed_text([1, 5]) == "1,5"
 
 
