@@ -176,6 +176,17 @@ def by_metric(data: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["what"], row["metric"]): row for row in data["rows"]}
 
 
+def figure(row: dict[str, Any] | None, digits: int, within: int | None = None) -> str:
+    """A row's value (95 % interval, with ``within`` digits), a dash where there is no row."""
+    if row is None:
+        return "–"
+    text = f"{row['value']:,.{digits}f}"
+    if "ci95" in row:
+        text += " ({:,.{d}f} to {:,.{d}f})".format(
+            *row["ci95"], d=digits if within is None else within)
+    return text
+
+
 def told(row: dict[str, Any] | None, digits: int = 0, counted: str = "n = ") -> str:
     """A row's value ± standard deviation (95 % interval; n), a dash where there is no row."""
     if row is None:

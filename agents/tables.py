@@ -128,13 +128,7 @@ def evaluation(data: dict[str, Any]) -> str:
 
 
 def _figure(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    digits = 2 if abs(row["value"]) < 10 else 0
-    text = f"{row['value']:,.{digits}f}"
-    if "ci95" in row:
-        text += " ({:,.{d}f} to {:,.{d}f})".format(*row["ci95"], d=digits)
-    return text
+    return results.figure(row, 2 if row is not None and abs(row["value"]) < 10 else 0)
 
 
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from worldgym.agents.results import by_metric, told
+from worldgym.agents.results import by_metric, figure, told
 
 ROLLERS = {
     "model": "the shipped world", "snapped": "the same, its states snapped to cells",
@@ -22,21 +22,13 @@ BENCH = {"seven_over_two_players": "step with 7 players ÷ step with 2 (same fra
          "dream_over_real_steps": "dream ÷ real"}
 
 
-def _share(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    if "ci95" not in row:
-        return f"{row['value']:.3f}"
-    return f"{row['value']:.3f} ({row['ci95'][0]:.2f} to {row['ci95'][1]:.2f})"
-
-
 def binding(data: dict[str, Any]) -> str:
     """Whether the right player moves: pooled over the games, then game by game."""
     rows, games = by_metric(data), data["about"]["pooled"]
     head = ["| | " + " | ".join(JUDGED.values()) + " |", "|---" * (len(JUDGED) + 1) + "|"]
 
     def line(what: str, label: str) -> str:
-        cells = [_share(rows.get((what, metric))) for metric in JUDGED]
+        cells = [figure(rows.get((what, metric)), 3, 2) for metric in JUDGED]
         return f"| {label} | " + " | ".join(cells) + " |"
 
     lines = head + [line(what, label) for what, label in ROLLERS.items() if (what, "ma_4") in rows]
@@ -60,7 +52,7 @@ def transfer(data: dict[str, Any]) -> str:
                 continue
             cells = [told(rows.get((f"{game}/{team}", f"{place}_return")), 1, "")
                      for place in ("real", "dream")]
-            share = _share(rows.get((f"{game}/{team}", "gain_share"))) if team == "dream" else ""
+            share = figure(rows.get((f"{game}/{team}", "gain_share")), 3, 2) * (team == "dream")
             lines.append(f"| {game} | {label} | {cells[0]} | {cells[1]} | {share} |")
     return "\n".join([*lines, "", "Reward of the whole team in an episode of 100 steps: mean ± "
                       "standard deviation (95 % interval; n).", ""])

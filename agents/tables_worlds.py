@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from worldgym.agents.results import by_metric
+from worldgym.agents.results import by_metric, figure
 
 MEMORIES = {"memory": "with its memory", "no-memory": "the newest frames only",
             "plain-positions": "with its memory, plain positions"}
@@ -21,15 +21,6 @@ WHAM = {"psnr_50": ("PSNR, 50 steps (dB)", 1), "action_wasserstein_8": (
     "distance of 8 actions from players'", 3), "real_return": ("in the real game (tics)", 0)}
 
 
-def _cell(row: dict[str, Any] | None, digits: int) -> str:
-    if row is None:
-        return "–"
-    text = f"{row['value']:,.{digits}f}"
-    if "ci95" in row:
-        text += " ({:,.{d}f} to {:,.{d}f})".format(*row["ci95"], d=digits)
-    return text
-
-
 def _table(rows: dict[tuple[str, str], dict[str, Any]], names: dict[str, str],
            columns: dict[str, tuple[str, int]]) -> list[str]:
     lines = ["| | " + " | ".join(label for label, _ in columns.values()) + " |",
@@ -37,7 +28,7 @@ def _table(rows: dict[tuple[str, str], dict[str, Any]], names: dict[str, str],
     for what, label in names.items():
         if any((what, metric) in rows for metric in columns):
             lines.append(f"| {label} | " + " | ".join(
-                _cell(rows.get((what, metric)), digits)
+                figure(rows.get((what, metric)), digits)
                 for metric, (_, digits) in columns.items()) + " |")
     return lines
 
@@ -59,7 +50,7 @@ def walk(data: dict[str, Any]) -> str:
     """What a long walk costs."""
     rows = by_metric(data)
     return "\n".join(["| what | value |", "|---|---|", *(
-        f"| {label} | {_cell(rows.get(('tiny', metric)), 3)} |"
+        f"| {label} | {figure(rows.get(('tiny', metric)), 3)} |"
         for metric, label in WALK.items()), ""])
 
 
