@@ -77,6 +77,7 @@ class FitParty:
         out: world folder to make.
         name: name of the world.
         init: world folder to start from; its codec stays.
+        fresh: take codec and heads of init only; the dynamics begin anew.
         games: names of games; default: all that are in data.
         codec_iterations: length of the codec's training.
         dynamics_iterations: length of the dynamics' training.
@@ -84,6 +85,7 @@ class FitParty:
         video_share: share of the dynamics' training on the video alone, before players join.
         alone_share: share of the dynamics' training on single frames, cheaper than clips.
         balance: "games": each is drawn equally often, or "players": by how many play it.
+        eventful: share of the dynamics' batches in which something happens to a player soon.
         compile: fuse the network's operations: faster after minutes (needs a C++ compiler).
         batch: clips per iteration.
         clip: frames per clip.
@@ -107,6 +109,7 @@ class FitParty:
     out: str
     name: str | None = None
     init: str | None = None
+    fresh: bool = False
     games: tuple[str, ...] | None = None
     codec_iterations: int | None = None
     dynamics_iterations: int | None = None
@@ -114,6 +117,7 @@ class FitParty:
     video_share: float | None = None
     alone_share: float | None = None
     balance: str | None = None
+    eventful: float | None = None
     compile: bool = False
     batch: int | None = None
     clip: int | None = None

@@ -101,6 +101,9 @@ class PartyGame:
 
 
 _SEVEN = (2, 3, 4, 5, 6, 7)
+# steps that two who met stand still, and are then away: few enough to be seen in the frames before
+# (the substrates' own 16 and 5 or 50 leave most of a short game to waiting)
+_SOON = {"GameInteractionZapper": {"freezeOnInteraction": 2, "framesTillRespawn": 2}}
 
 _ALL = (
     PartyGame(
@@ -147,20 +150,22 @@ _ALL = (
         about="Two players collect green or red, then play a prisoner's dilemma with a beam.",
         pickups=((98, 234, 206), (234, 98, 126)), collect_first=True,
         rows=("WWWWWWWWWW", "Wn  11  nW", "W  a11a  W", "W W    W W", "W W    W W", "W  a22a  W",
-              "Wn  22  nW", "WWWWWWWWWW")),
+              "Wn  22  nW", "WWWWWWWWWW"),
+        avatar=_SOON),
     PartyGame(
         name="stag_hunt", substrate="stag_hunt_in_the_matrix__arena", players=_SEVEN,
         about="Players collect stag or hare resources and meet others with a beam.",
         pickups=((98, 234, 206), (234, 98, 126)), collect_first=True,
         rows=("WWWWWWWWWW", "WP11P 22PW", "W 11  22 W", "WP a  a PW", "W  aPPa PW", "W 22  11 W",
               "WP22P 11PW", "WWWWWWWWWW"),
-        avatar={"GameInteractionZapper": {"framesTillRespawn": 10}}),
+        avatar=_SOON),
     PartyGame(
         name="scissors", players=(2,), substrate="running_with_scissors_in_the_matrix__repeated",
         tint=1.0, about="Two players collect rock, paper or scissors and then play it with a beam.",
         pickups=((132, 91, 255), (255, 214, 91), (91, 214, 255)), collect_first=True,
         rows=("WWWWWWWWWW", "Wn rr   nW", "W  rrWpp W", "W    Wpp W", "W  aaW   W", "W  aa ss W",
-              "Wn    ssnW", "WWWWWWWWWW")),
+              "Wn    ssnW", "WWWWWWWWWW"),
+        avatar=_SOON),
     PartyGame(
         name="cooking_cramped", substrate="collaborative_cooking__cramped", players=(2,),
         tint=1.0, about="Two cooks bring tomatoes to the pot and serve the soup.",

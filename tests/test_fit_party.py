@@ -293,6 +293,23 @@ def test_eventful_clips_are_weighed_back(data):
         PartySampler(stores, ids, 2, 4, eventful=1.0)
 
 
+def test_what_leads_to_an_event_is_drawn_with_it(tmp_path):
+    """A player leaves in row 5 of the second episode: rows 3 to 5 of that episode are eventful."""
+    store = Episodes.create(tmp_path / "game", ActionSpec.discrete(5), (32, 32), 8.0,
+                            {"recipe": {"frame_cells_hw": [SIDE, SIDE]}}, SLOTS)
+    plain, leaves = episode(9, 0), episode(9, 1)
+    for one in (plain, leaves):
+        one["rewards"][:] = 0
+    leaves["info_alive"][5:, 0] = False
+    store.append([plain, leaves, plain])  # the third begins with everyone on the map again
+    stores, ids = {"game": store}, {"game": np.arange(3)}
+    drawn = PartySampler(stores, ids, 2, 4000, with_frames=False, eventful=0.9, soon=2)(0)
+    last = drawn["rows"][:, -1] - int(store.starts[1])
+    often = np.isin(last, (3, 4, 5))
+    assert often.mean() == pytest.approx(0.9 + 0.1 * 3 / 27, abs=0.02)
+    assert (drawn["likely"][often] < 1).all() and (drawn["likely"][~often] > 1).all()
+
+
 def test_games_are_drawn_as_often_as_asked(data):
     stores = open_party(data)
     ids = {k: np.arange(len(v)) for k, v in stores.items()}
@@ -351,6 +368,24 @@ def test_a_world_that_went_on_sees_further_back(data, tmp_path):
     assert torch.equal(new[:, :old.shape[1]], old) and not new[:, old.shape[1]:].any()
 
 
+def test_other_dynamics_beside_the_same_codec_and_heads(data, tmp_path):
+    """Networks to compare share everything but the dynamics."""
+    settings = SMALL | {"data": str(data), "out": str(tmp_path / "first")}
+    fit_run.recorded(settings)
+    settings |= {"init": str(tmp_path / "first"), "out": str(tmp_path / "next"),
+                 "ablation": "no-mca", "fresh": True}
+    settings.pop("party")
+    made = FitParty(FitPartyConfig(**settings)).nano
+    old = party_nano.load_party(tmp_path / "first")
+    assert made.cfg.dynamics.subjects.mca == "none" and old.cfg.dynamics.subjects.mca != "none"
+    for part in ("codec", "outcome"):
+        mine, theirs = (x.get_submodule(part).state_dict() for x in (made, old))
+        assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+    assert not made.dynamics.dit.head.head.weight.any()  # untrained
+    with pytest.raises(ConfigError, match="does not fit"):
+        FitParty(FitPartyConfig(**settings | {"fresh": False}))
+
+
 def test_squashed_rewards_come_back():
     """A head that fits the squashed reward exactly pays the true one."""
     cfg = PartyOutcomeConfig(latent_chw=(2, 4, 4), channels=2, actions=5, squash=True)
@@ -389,7 +424,8 @@ def test_position_weight_counts_positions():
     ({"games": ("chess",)}, "no recordings of this game"), ({"batch": 0}, "impossible length"),
     ({"alone_share": 0.0}, "impossible shares"), ({"ablation": "no-eyes"}, "no such ablation"),
     ({"window": 0}, "impossible length"),
-    ({"recent": 3}, "outside its window"), ({"balance": "teams"}, "no such balance")])
+    ({"recent": 3}, "outside its window"), ({"balance": "teams"}, "no such balance"),
+    ({"fresh": True}, "begin anew"), ({"eventful": 1.0}, "share of events")])
 def test_refusals(data, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         fit_run.recorded(SMALL | {"data": str(data), "out": str(tmp_path / "x")} | changes)
@@ -408,10 +444,10 @@ def test_loader_refusals(whole, tmp_path):
 def test_the_command_passes_its_settings_on(monkeypatch):
     made = cli.parse(["fit-party", "--data", "d", "--out", "o", "--games", "coins", "clean_up",
                       "--layers", "3", "--ablation", "pooled", "--snapshot", "s", "--init", "i",
-                      "--compile", "--balance", "players"])
+                      "--compile", "--balance", "players", "--fresh", "--eventful", "0.2"])
     seen = []
     monkeypatch.setattr("worldgym.train.fit_party.fit_party", lambda cfg: seen.append(cfg))
     made.run()
     assert seen == [FitPartyConfig(data="d", out="o", games=("coins", "clean_up"), layers=3,
                                    ablation="pooled", snapshot="s", init="i", compile=True,
-                                   balance="players")]
+                                   balance="players", fresh=True, eventful=0.2)]

@@ -55,6 +55,8 @@ class PartySampler:
         extra: per game, further arrays with one entry per row of its data set, e.g. latents.
         eventful: share of the clips drawn from those that pay or end a player in their last row,
             which are rare in some games; the rest is drawn from all.
+        soon: clips count as eventful, too, if a player is paid, ends, leaves the map or comes back
+            within so many rows after their last; None: the last row's pay and ends alone count.
         chances: of each game in the order of ``stores``, which sum to 1; default: all alike.
         rank, world_size: this process reads rows ``rank*B//world_size : (rank+1)*B//world_size``.
 
@@ -71,7 +73,8 @@ class PartySampler:
                  seed: int = 0, *, halve: bool = False, permute: bool = True,
                  with_frames: bool = True,
                  extra: Mapping[str, Mapping[str, np.ndarray]] | None = None,
-                 eventful: float = 0.0, chances: Sequence[float] | None = None,
+                 eventful: float = 0.0, soon: int | None = None,
+                 chances: Sequence[float] | None = None,
                  rank: int = 0, world_size: int = 1) -> None:
         self.games = tuple(stores)
         layouts = {(store.agents, store.frame_hw) for store in stores.values()}
@@ -102,7 +105,7 @@ class PartySampler:
                                    expected=f"one of {frames} rows or more",
                                    fix="record longer episodes, or ask for shorter clips")
             self._places.append((mine, np.cumsum(count)))
-        self.eventful = eventful
+        self.eventful, self.soon = eventful, soon
         self._events = [self._eventful(g) for g in range(len(self.games))] if eventful else []
 
     def _eventful(self, game: int) -> np.ndarray:
@@ -111,8 +114,24 @@ class PartySampler:
         first = np.concatenate([np.arange(s, s + max(0, n + 2 - self.frames)) for s, n in zip(
             store.starts[mine], store.lengths[mine], strict=True)])
         last = first + self.frames - 1
-        paid = (np.nan_to_num(store.take("rewards", last)) != 0).any(1)
-        return first[paid | store.take("info_ended", last).any(1)]
+        return first[self._happens(store, mine)[last]]
+
+    def _happens(self, store: Episodes, mine: np.ndarray) -> np.ndarray:
+        """Of every row of a data set, whether it is the last of an eventful window."""
+        rows = np.arange(store.rows)
+        paid = (np.nan_to_num(store.take("rewards", rows)) != 0).any(1)
+        told = paid | store.take("info_ended", rows).any(1)
+        if self.soon is None:
+            return told
+        alive = store.take("info_alive", rows)
+        told[1:] |= (alive[1:] != alive[:-1]).any(1)
+        out = np.zeros_like(told)
+        for s, n in zip(store.starts[mine], store.lengths[mine], strict=True):
+            inside = told[s:s + n + 1].copy()
+            inside[0] = False  # another episode was before
+            for later in range(self.soon + 1):
+                out[s:s + n + 1 - later] |= inside[later:]
+        return out
 
     def __len__(self) -> int:
         """Number of different clips, all games together."""

@@ -38,6 +38,7 @@ from worldgym.train.stages import CODEC_BATCH, Stages
 OUTCOME_BATCH = 128  # transitions
 SHORT = 8  # one in so many iterations on single frames sees only one frame before them
 EVENTFUL = 0.5  # of these: share that pays or ends a player
+SOON = 3  # rows before what happens that are drawn with it where the dynamics train
 # root mean square step of latents, of positions, and of facing and alive, over thirteen games
 SKIP = (0.6, 0.11, 0.7)
 
@@ -77,6 +78,15 @@ class FitParty(Stages):
         if not cfg.init:
             return party_nano.fresh(config, cfg.seed)
         made = party_nano.load_party(cfg.init)
+        if cfg.fresh:
+            self.agree({"games": made.cfg.games, "codec": made.cfg.codec},
+                       {"games": config.games, "codec": config.codec},
+                       "fit without --init, or with its games and frames")
+            started = party_nano.fresh(config, cfg.seed)
+            kept = {k: v for k, v in made.state_dict().items()
+                    if not k.startswith(("book.", "dynamics."))}
+            started.load_state_dict(started.state_dict() | kept)
+            return started.eval()
         c, recent = made.cfg.codec.channels, max(cfg.recent, made.cfg.dynamics.recent)
         old = replace(made.cfg.dynamics, window=config.dynamics.window, recent=recent, wan=replace(
             made.cfg.dynamics.wan, in_dim=c * (1 + recent)))
@@ -227,9 +237,10 @@ class FitParty(Stages):
                 partial(self._read, game), partial(self._median, game))
             self.extra[game] = {"latents": latents, "weights": weights}
 
-    def _sampler(self, frames: int, batch: int, eventful: float = 0.0) -> PartySampler:
+    def _sampler(self, frames: int, batch: int, eventful: float = 0.0,
+                 soon: int | None = None) -> PartySampler:
         return PartySampler(self.stores, self.train_ids, frames, batch, self.cfg.seed,
-                            with_frames=False, extra=self.extra, eventful=eventful,
+                            with_frames=False, extra=self.extra, eventful=eventful, soon=soon,
                             chances=self.chances,
                             rank=self.group.rank, world_size=self.group.size)
 
@@ -251,8 +262,8 @@ class FitParty(Stages):
         # begins) with one of them
         half = max(group.size, cfg.batch // 2 // group.size * group.size)
         singles = cfg.batch * (cfg.clip - 1)
-        samplers = [self._sampler(cfg.recent + 1, singles), self._sampler(2, singles),
-                    self._sampler(cfg.clip, half)]
+        samplers = [self._sampler(frames, count, cfg.eventful, SOON) for frames, count in (
+            (cfg.recent + 1, singles), (2, singles), (cfg.clip, half))]
 
         def which(i: int) -> int:
             return 2 if i >= alone else int(i % SHORT == SHORT - 1)
@@ -267,7 +278,7 @@ class FitParty(Stages):
                               (group.rank, group.size), group.average)
 
         about = {"batch": cfg.batch, "clip": cfg.clip, "video": video, "alone": alone,
-                 "balance": cfg.balance,
+                 "balance": cfg.balance, "eventful": cfg.eventful,
                  "loss": asdict(how), "latents": self.latent_tag,
                  "dynamics": json.dumps(self.nano.cfg.dynamics.to_json(), sort_keys=True)}
         loop = self.loop("dynamics", iterations, about, lr=cfg.dynamics_lr, decay=0.3, warmup=200,

@@ -23,10 +23,13 @@ class FitPartyConfig:
     is behind them); ``window``: frames that a step can see while training, ``play_window``: in the
     world that is written: what fewer cost in quality, they give back in speed.
     ``init``: world folder to start from, whose codec stays and is not trained; with 0 iterations
-    of another part, that part stays, too.
+    of another part, that part stays, too; ``fresh``: its dynamics do not, they begin anew and may
+    have other sizes (to compare networks that share a codec and heads).
     ``balance``: "games": each is drawn equally often, or "players": a game of seven players, which
     has more to learn, more often than one of two. ``compile``: fuse the dynamics' operations: an
     iteration takes less time, the first ones minutes (needs a C++ compiler).
+    ``eventful``: share of the dynamics' batches in which a player is paid, ends, leaves the map or
+    comes back within three steps: what seldom happens is otherwise seldom learned.
     ``steps``, ``temperature``: of the sampler; ``book_frames``: of each game, whose tiles drawn
     cells are replaced by (0: none; see ``CellBook``).
     ``video_share``: of the dynamics' iterations, the video alone; ``alone_share``: those on single
@@ -42,6 +45,7 @@ class FitPartyConfig:
     out: str
     name: str | None = None
     init: str | None = None
+    fresh: bool = False
     games: tuple[str, ...] = ()
     codec_iterations: int = 4000
     dynamics_iterations: int = 6000
@@ -49,6 +53,7 @@ class FitPartyConfig:
     video_share: float = 0.04
     alone_share: float = 0.8
     balance: str = "games"
+    eventful: float = 0.4
     compile: bool = False
     batch: int = 8
     clip: int = 7
@@ -89,6 +94,10 @@ class FitPartyConfig:
                               expected="iterations, batch, starts, window, recent, horizon >= 1 "
                                        "(iterations 0 only with init), clip >= 2, seed >= 0",
                               fix="raise the numbers")
+        if self.fresh and not (self.init and self.dynamics_iterations):
+            raise ConfigError("nothing to begin anew beside", expected="fresh with init, and "
+                              "dynamics iterations >= 1", fix="give --init, or leave --fresh out",
+                              given=f"init {self.init}, dynamics {self.dynamics_iterations}")
         for window in (self.window, self.play_window):
             if 1 < window <= self.recent:
                 raise ConfigError("frames beside a frame lie outside its window",
@@ -98,6 +107,9 @@ class FitPartyConfig:
         if self.ablation not in ABLATIONS:
             raise ConfigError("no such ablation", given=self.ablation, expected=[*ABLATIONS],
                               fix="choose one of them")
+        if not 0 <= self.eventful < 1:
+            raise ConfigError("impossible share of events", given=self.eventful,
+                              expected="0 <= eventful < 1", fix="use 0.4")
         if self.balance not in ("games", "players"):
             raise ConfigError("no such balance", given=self.balance, expected=["games", "players"],
                               fix="choose one of them")
