@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from worldgym.errors import ConfigError
-from worldgym.models.cellbook import CellBook, tiles_of
+from worldgym.models.cellbook import CellBook, standing, tiles_of
 from worldgym.models.codec import Codec, CodecConfig
 
 CODEC = CodecConfig(frame_hw=(16, 24), channels=6, width=8, deep_width=16, stem=2, local=True)
@@ -33,6 +33,17 @@ def frames():
     return made
 
 
+def nobody(frames):
+    """No player in any of these frames."""
+    return [np.full((len(x), 2, 1), -1) for x in frames]
+
+
+def drawn(book, latents, before, game):
+    """What a book makes of frames without players."""
+    none = torch.full((len(latents), 1), -1)
+    return book(latents, before, game, none, none)
+
+
 def encoded(codec, frames):
     return codec.encode(torch.from_numpy(np.ascontiguousarray(frames)))
 
@@ -45,23 +56,23 @@ def test_tiles_are_found_and_told_apart(frames):
 
 
 def test_recorded_frames_stay_and_blurred_ones_come_back(codec, frames):
-    book = CellBook.of(codec, frames, prior=0.0)
-    assert len(book) == 5 and book.ends_G2[:, 0].tolist() == [3, 5]
+    book = CellBook.of(codec, frames, nobody(frames), prior=0.0)
+    assert len(book) == 5 and book.ends_G3[:, 0].tolist() == [3, 5]
     before, latents = (torch.cat([encoded(codec, x[:, i]) for x in frames]) for i in range(2))
     game = torch.tensor([0] * 30 + [1] * 30)
-    torch.testing.assert_close(book(latents, before, game), latents, rtol=0, atol=1e-5)
+    torch.testing.assert_close(drawn(book, latents, before, game), latents, rtol=0, atol=1e-5)
     g = torch.Generator().manual_seed(0)
     apart = min(float(torch.pdist(x).min()) for x in (book.cells_TC[:3], book.cells_TC[3:]))
     blurred = latents + 0.1 * apart * torch.randn(latents.shape, generator=g)
-    torch.testing.assert_close(book(blurred, before, game), latents, rtol=0, atol=1e-5)
-    other = book(latents, before, 1 - game)  # the other game's tiles, and no others
+    torch.testing.assert_close(drawn(book, blurred, before, game), latents, rtol=0, atol=1e-5)
+    other = drawn(book, latents, before, 1 - game)  # the other game's tiles, and no others
     own = book.cells_TC[3:]
     assert all(any(torch.equal(cell, t) for t in own) for cell in other[0].flatten(1).t())
 
 
 def test_chances_are_those_of_the_recordings(codec, frames):
     """The first game's first tile stays, always; the others change into each other, by chance."""
-    book = CellBook.of(codec, frames)
+    book = CellBook.of(codec, frames, nobody(frames))
     chance = book.chances(0).exp()
     torch.testing.assert_close(chance.sum(1), torch.ones(3))
     still = int(chance.diagonal().argmax())
@@ -69,10 +80,10 @@ def test_chances_are_those_of_the_recordings(codec, frames):
     assert chance[still, still] > 0.99
     assert all(0.1 < chance[i, j] < 0.9 for i in others for j in others)
     assert 0 < chance[others[0], still] < 0.01  # never seen, but not impossible
-    drawn = [int((tiles_of(frames[0], 4)[1][:, 0] == i).sum()) for i in range(3)]
-    mine = book.pairs_N3[:int(book.ends_G2[0, 1])]
-    assert [int(mine[mine[:, 0] == i, 2].sum()) for i in range(3)] == drawn
-    again = CellBook(6, len(book), len(book.pairs_N3), 2)
+    often = [int((tiles_of(frames[0], 4)[1][:, 0] == i).sum()) for i in range(3)]
+    mine = book.pairs_M3[:int(book.ends_G3[0, 1])]
+    assert [int(mine[mine[:, 0] == i, 2].sum()) for i in range(3)] == often
+    again = CellBook(6, len(book), (len(book.pairs_M3), 0), 2)
     assert again.prior == book.prior
     again.load_state_dict(book.state_dict())
     assert torch.equal(again.chances(1), book.chances(1))
@@ -80,43 +91,105 @@ def test_chances_are_those_of_the_recordings(codec, frames):
 
 def test_what_is_drawn_between_two_tiles_is_what_recordings_make_likely(codec, frames):
     """A tile that never changed stays; one that changes half of the time may go."""
-    book, keen = (CellBook.of(codec, frames, prior=x) for x in (0.0, 10.0))
+    book, keen = (CellBook.of(codec, frames, nobody(frames), prior=x) for x in (0.0, 10.0))
     still = int(keen.chances(0).diagonal().argmax())
     others = [i for i in range(3) if i != still]
     for made in (book, keen):
         made.cells_TC.copy_(3 * torch.eye(6)[:5])
-    for before, drawn, meant in ((still, others[0], still), (others[0], others[1], others[1]),
+    for before, shown, meant in ((still, others[0], still), (others[0], others[1], others[1]),
                                  (others[1], still, others[1])):
-        old, new = book.cells_TC[before], book.cells_TC[drawn]
+        old, new = book.cells_TC[before], book.cells_TC[shown]
         between = 0.45 * old + 0.55 * new
         given = [x[None, :, None, None].expand(1, -1, *CODEC.latent_chw[1:]).contiguous()
                  for x in (between, old)]
         game = torch.zeros(1, dtype=torch.int64)
-        assert torch.equal(book(*given, game)[0, :, 0, 0], new)
-        if meant != drawn:
-            assert torch.equal(keen(*given, game)[0, :, 0, 0], book.cells_TC[meant])
+        assert torch.equal(drawn(book, *given, game)[0, :, 0, 0], new)
+        if meant != shown:
+            assert torch.equal(drawn(keen, *given, game)[0, :, 0, 0], book.cells_TC[meant])
+
+
+@pytest.fixture(scope="module")
+def walks():
+    """Players of two colours (tiles 1 and 2) step right over a floor (tile 0), which forgets them;
+    frames (40, 2, 16, 24, 3) and the players' cells (40, 2, 2)."""
+    rng = np.random.default_rng(1)
+    tiles = rng.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    grid, places = np.zeros((40, 2, 24), np.int64), np.zeros((40, 2, 2), np.int64)
+    for r in range(40):
+        cell = rng.choice([c for c in range(24) if c % 6 < 4], 2, replace=False)
+        cell[1] = cell[1] + 1 if abs(cell[0] - cell[1]) == 1 and cell[1] % 6 < 4 else cell[1]
+        for f in range(2):
+            for player in range(2):
+                grid[r, f, cell[player] + f] = player + 1
+                places[r, f, player] = cell[player] + f
+    frames = tiles[grid].reshape(40, 2, 4, 6, 4, 4, 3).transpose(0, 1, 2, 4, 3, 5, 6)
+    return np.ascontiguousarray(frames.reshape(40, 2, 16, 24, 3)), places
+
+
+def test_a_player_keeps_its_looks(codec, walks):
+    """Where a player is told to be, a drawing between two players is the one that came there; the
+    order of the players, and who else is in the batch, change nothing."""
+    frames, places = walks
+    book = CellBook.of(codec, [frames], [places])
+    tiles, number = tiles_of(frames, 4)
+    book.cells_TC.copy_(3 * torch.eye(6)[:3])
+    look = number[np.arange(40)[:, None], 0, places[:, 0]]  # tile of both players (40, 2)
+    chance = book.chances(0, moved=True).exp()
+    torch.testing.assert_close(chance.sum(1), torch.ones(3))
+    assert all(chance[i, i] > 0.9 for i in np.unique(look))
+
+    def latents(number_P):
+        return book.cells_TC[torch.from_numpy(number_P)].T.reshape(1, 6, 4, 6).contiguous()
+
+    apart = next(r for r in range(40) if abs(np.diff(places[r, 0])) > 2)
+    before, after = (latents(number[apart, i]) for i in range(2))
+    mixed, at = after.clone(), [torch.from_numpy(places[apart:apart + 1, i]) for i in range(2)]
+    here, other = int(places[apart, 1, 0]), int(look[apart, 1])
+    mixed[0, :, here // 6, here % 6] = 0.49 * book.cells_TC[look[apart, 0]] + (
+        0.51 * book.cells_TC[other])
+    game = torch.zeros(1, dtype=torch.int64)
+    assert torch.equal(book(mixed, before, game, *at), after)
+    assert torch.equal(book(mixed, before, game, *(x.flip(1) for x in at)), after)
+    wrong = drawn(book, mixed, before, game)  # nobody is told to be there
+    assert torch.equal(wrong[0, :, here // 6, here % 6], book.cells_TC[other])
+    many = book(mixed.repeat(3, 1, 1, 1), before.repeat(3, 1, 1, 1), game.repeat(3),
+                *(torch.cat([x.flip(1), torch.full_like(x, -1), x]) for x in at))
+    assert torch.equal(many[0], after[0]) and torch.equal(many[1], wrong[0])
+    # two told to be in one place: either, in no order
+    both = at[0], at[1][:, :1].expand(1, 2)
+    swapped = tuple(x.flip(1) for x in both)
+    assert torch.equal(book(mixed, before, game, *both), book(mixed, before, game, *swapped))
+
+
+def test_standing():
+    states = torch.zeros(1, 4, 7)
+    states[0, :, 0], states[0, :, 1] = torch.tensor([-1.0, 0.99, 0.0, 0.0]), -0.6
+    states[0, :, 6] = torch.tensor([1.0, 1.0, -1.0, 1.0])
+    valid = torch.tensor([[True, True, True, False]])
+    assert standing(states, valid, (4, 6)).tolist() == [[0, 5, -1, -1]]
+    assert standing(states[..., :2], valid, (4, 6)).tolist() == [[0, 5, 3, -1]]
 
 
 def test_no_row_knows_its_batch(codec, frames):
-    book = CellBook.of(codec, frames)
+    book = CellBook.of(codec, frames, nobody(frames))
     g = torch.Generator().manual_seed(1)
     latents, before = (torch.randn(7, *CODEC.latent_chw, generator=g) for _ in range(2))
     game = torch.tensor([0, 1, 1, 0, 0, 1, 0])
-    whole = book(latents, before, game)
+    whole = drawn(book, latents, before, game)
     for i in range(7):
         part = slice(i, i + 1)
-        assert torch.equal(book(latents[part], before[part], game[part])[0], whole[i])
+        assert torch.equal(drawn(book, latents[part], before[part], game[part])[0], whole[i])
 
 
 def test_refusals(frames):
     with pytest.raises(ConfigError, match="no tiles"):
-        CellBook.of(Codec(CodecConfig(frame_hw=(16, 24), stem=2)), frames)
+        CellBook.of(Codec(CodecConfig(frame_hw=(16, 24), stem=2)), frames, nobody(frames))
     noise = np.random.default_rng(0).integers(0, 256, (500, 2, 16, 24, 3), dtype=np.uint8)
     with pytest.raises(ConfigError, match="too many different tiles"):
-        CellBook.of(Codec(CODEC), [frames[0], noise])
+        CellBook.of(Codec(CODEC), [frames[0], noise], nobody([frames[0], noise]))
 
 
 def test_a_game_without_tiles_is_drawn_freely():
-    book = CellBook(6, 0, 0, 2)
+    book = CellBook(6, 0, (0, 0), 2)
     latents = torch.randn(2, 6, 3, 3)
-    assert torch.equal(book(latents, latents, torch.tensor([0, 1])), latents)
+    assert torch.equal(drawn(book, latents, latents, torch.tensor([0, 1])), latents)

@@ -31,7 +31,7 @@ KINDS = {"published": {}, "facing": dict(subjects=dict(facing=True)),
                                                               rope_sa=False)),
          "no MCA": dict(subjects=dict(mca="none")), "pooled": dict(subjects=dict(pooled=True)),
          "guided, UniPC": dict(guidance=2.0, solver_steps=3), "sink": dict(sink=1),
-         "tiles": dict(tiles=(12, 20)), "no memory, four frames": dict(subjects=dict(
+         "tiles": dict(tiles=(12, 20, 5)), "no memory, four frames": dict(subjects=dict(
              recent=3, window=1))}
 
 
@@ -404,7 +404,7 @@ def _config(world):
 
 def test_a_world_draws_its_tiles_only(tmp_path):
     """Every drawn cell is a tile of the slot's own game; tiles are part of what a world is."""
-    world = party_nano.tiny(tiles=(12, 20))
+    world = party_nano.tiny(tiles=(12, 20, 5))
     some = starts(world, 5)
     state, book = world.begin(some, range(5)), world.book
     for step in range(3):
@@ -413,7 +413,7 @@ def test_a_world_draws_its_tiles_only(tmp_path):
         own = book.cells_TC[6 * game:6 * game + 6]
         assert (row.flatten(1).t()[:, None] == own).all(-1).any(1).all()
     made = party_nano.fresh(party_nano.PartyNanoConfig(
-        name="tiled", dynamics=world.party.cfg, codec=world.codec.cfg, tiles=(12, 20),
+        name="tiled", dynamics=world.party.cfg, codec=world.codec.cfg, tiles=(12, 20, 5),
         games=("game 0", "game 1"), outcome_width=8), 0)
     made.book.load_state_dict(book.state_dict())
     party_nano.save(made, tmp_path, {})

@@ -3,9 +3,10 @@
 A game of tiles shows few different ones, and a codec that sees each cell by itself
 (``CodecConfig.local``) gives each its own latent. A sampler with a few passes leaves some cells
 between two of them (a player half here, half there), and the next frame goes on from that: the
-nearest recorded tile is what was meant.
-Shapes: B slot, C channel, h w latent grid, T tile, N pair of tiles, G game, R frame, H W pixels,
-P pixels of a cell.
+nearest recorded tile is what was meant. A player that moves takes its looks along: where the model
+tells it to be now, the tile that it showed before says more than what the cell showed.
+Shapes: B slot, C channel, h w latent grid, T tile, M pair of tiles, G game, R frame, N player,
+H W pixels, P pixels of a cell.
 """
 
 from collections.abc import Sequence
@@ -22,32 +23,36 @@ MOST = 20_000  # tiles of a game; more are no game of tiles
 
 
 class CellBook(nn.Module):
-    """Latents of every game's recorded tiles, and how often which followed which.
+    """Latents of every game's recorded tiles, and how often which followed which: in a place, and
+    where a player was and where it is now.
 
     ``forward`` gives each cell the tile t that maximises prior * log p(t | tile before) -
     |cell - t|^2: for Gaussian errors of the drawing with variance prior / 2, the likeliest one.
-    p: how often t followed that tile in recordings, with one more case, of any tile that ever came.
+    p: how often t followed that tile in recordings, with one more case, of any tile that ever came;
+    where a player is told to be, the tile before is the one in the place that it came from.
 
     Args:
-        channels: C. tiles: T of all games together. pairs: N different ones of all games that
-            followed each other. games: G. prior: see above, in squared units of the latents;
-            0: the nearest.
+        channels: C. tiles: T of all games together. pairs: different ones of all games that
+            followed each other in one place, and in those of one player. games: G. prior: see
+            above, in squared units of the latents; 0: the nearest.
     """
 
     cells_TC: Tensor
-    pairs_N3: Tensor
-    ends_G2: Tensor
+    pairs_M3: Tensor
+    moves_M3: Tensor
+    ends_G3: Tensor
 
-    def __init__(self, channels: int, tiles: int, pairs: int, games: int,
+    def __init__(self, channels: int, tiles: int, pairs: tuple[int, int], games: int,
                  prior: float = 0.3) -> None:
         super().__init__()
         self.prior = prior
         self.register_buffer("cells_TC", torch.zeros(tiles, channels))
-        # tile before and after, counted within the game, and how often
-        self.register_buffer("pairs_N3", torch.zeros(pairs, 3, dtype=torch.int32))
+        # tile before and after, counted within the game, and how often: in a place, of a player
+        self.register_buffer("pairs_M3", torch.zeros(pairs[0], 3, dtype=torch.int32))
+        self.register_buffer("moves_M3", torch.zeros(pairs[1], 3, dtype=torch.int32))
         # where a game's tiles and pairs end
-        self.register_buffer("ends_G2", torch.zeros(games, 2, dtype=torch.int64))
-        self._logs: dict[int, Tensor] = {}
+        self.register_buffer("ends_G3", torch.zeros(games, 3, dtype=torch.int64))
+        self._logs: dict[tuple[int, int], Tensor] = {}
         self.register_load_state_dict_post_hook(lambda *_: self._logs.clear())
 
     def __len__(self) -> int:
@@ -58,24 +63,35 @@ class CellBook(nn.Module):
         """Latents (tiles, C) of one game."""
         return self.cells_TC[self._part(game, 0)]
 
-    def chances(self, game: int) -> Tensor:
-        """log p (tiles, tiles): row: the tile before, column: the tile after."""
-        if game not in self._logs or self._logs[game].device != self.cells_TC.device:
-            pairs, size = self.pairs_N3[self._part(game, 1)].long(), len(self.tiles(game))
+    def chances(self, game: int, moved: bool = False) -> Tensor:
+        """log p (tiles, tiles): row: the tile before, column: the tile after.
+
+        ``moved``: those of a player, wherever it was and is; else those of one place.
+        """
+        key = game, 1 + moved
+        if key not in self._logs or self._logs[key].device != self.cells_TC.device:
+            pairs = (self.moves_M3 if moved else self.pairs_M3)[self._part(*key)].long()
+            size = len(self.tiles(game))
             count = self.cells_TC.new_zeros(size, size)
             count[pairs[:, 0], pairs[:, 1]] = pairs[:, 2].to(count)
-            came = count.sum(0) - count.diagonal() + 0.5
+            came = count.sum(0) - (0 if moved else count.diagonal()) + 0.5
             count += came / came.sum()
-            self._logs[game] = (count / count.sum(1, keepdim=True)).log()
-        return self._logs[game]
+            self._logs[key] = (count / count.sum(1, keepdim=True)).log()
+        return self._logs[key]
 
     def _part(self, game: int, which: int) -> slice:
-        return slice(int(self.ends_G2[game - 1, which]) if game else 0,
-                     int(self.ends_G2[game, which]))
+        return slice(int(self.ends_G3[game - 1, which]) if game else 0,
+                     int(self.ends_G3[game, which]))
 
     @torch.no_grad()
-    def forward(self, latents_BChw: Tensor, before_BChw: Tensor, game_B: Tensor) -> Tensor:
-        """Each cell a recorded tile of its slot's game; ``before``: the frame before this one."""
+    def forward(self, latents_BChw: Tensor, before_BChw: Tensor, game_B: Tensor,
+                from_BN: Tensor, to_BN: Tensor) -> Tensor:
+        """Each cell a recorded tile of its slot's game.
+
+        Args:
+            latents_BChw, before_BChw: this frame and the one before. game_B: games of the slots.
+            from_BN, to_BN: cell of every player before and now (see ``standing``).
+        """
         out = latents_BChw.clone()
         for game in game_B.unique().tolist():
             tiles = self.tiles(game)
@@ -86,15 +102,31 @@ class CellBook(nn.Module):
             score = F.linear(_cells(mine), twice, -size)
             if self.prior:
                 was = F.linear(_cells(before_BChw[rows]), twice, -size).argmax(1)
-                score += self.prior * self.chances(game)[was]
+                score += self.prior * self._likely(game, was, from_BN[rows], to_BN[rows])
             b, c, h, w = mine.shape
             drawn = tiles[score.argmax(1)].view(b, h * w, c).transpose(1, 2)
             out[rows] = drawn.reshape(b, c, h, w)
         return out
 
+    def _likely(self, game: int, was: Tensor, from_BN: Tensor, to_BN: Tensor) -> Tensor:
+        """log p of every tile (cells, tiles); ``was``: the tiles before (cells)."""
+        log, count = self.chances(game)[was], len(was) // len(from_BN)
+        both = (from_BN >= 0) & (to_BN >= 0)
+        moves = []
+        for player in range(from_BN.shape[1]):
+            where = both[:, player].nonzero()[:, 0]
+            before, now = (where * count + x[where, player] for x in (from_BN, to_BN))
+            moves.append((now, self.chances(game, moved=True)[was[before]]))
+            log[now] = -torch.inf
+        for now, likely in moves:  # two told to be in one place: either of them, in no order
+            log[now] = log[now].maximum(likely)
+        return log
+
     @classmethod
-    def of(cls, codec: Codec, pairs: Sequence[np.ndarray], prior: float = 0.3) -> "CellBook":
-        """From frames and the frames after them, uint8 (R, 2, H, W, 3), of every game in turn.
+    def of(cls, codec: Codec, pairs: Sequence[np.ndarray], places: Sequence[np.ndarray],
+           prior: float = 0.3) -> "CellBook":
+        """From frames and the frames after them, uint8 (R, 2, H, W, 3), of every game in turn, and
+        the players' cells in them, int64 (R, 2, N), see ``standing``.
 
         Raises:
             ConfigError: the codec's cells see each other, or no game of tiles is shown.
@@ -108,13 +140,16 @@ class CellBook(nn.Module):
         if most > MOST:
             raise ConfigError("too many different tiles", given=f"{most} in one game",
                               expected=f"at most {MOST}", fix="keep no book of tiles")
-        counted = [_counted(number) for _, number in found]
-        made = cls(codec.cfg.channels, sum(len(t) for t, _ in found), sum(map(len, counted)),
-                   len(found), prior)
+        pair = [_counted(number.transpose(0, 2, 1).reshape(-1, 2)) for _, number in found]
+        move = [_counted(_moved(number, at)) for (_, number), at in zip(found, places, strict=True)]
+        made = cls(codec.cfg.channels, sum(len(t) for t, _ in found),
+                   (sum(map(len, pair)), sum(map(len, move))), len(found), prior)
         made.cells_TC.copy_(torch.cat([_encoded(codec, tiles) for tiles, _ in found]))
-        made.pairs_N3.copy_(torch.from_numpy(np.concatenate(counted)))
-        sizes = [(len(tiles), len(some)) for (tiles, _), some in zip(found, counted, strict=True)]
-        made.ends_G2.copy_(torch.tensor(sizes).cumsum(0))
+        made.pairs_M3.copy_(torch.from_numpy(np.concatenate(pair)))
+        made.moves_M3.copy_(torch.from_numpy(np.concatenate(move)))
+        sizes = [(len(tiles), len(one), len(other)) for (tiles, _), one, other in zip(
+            found, pair, move, strict=True)]
+        made.ends_G3.copy_(torch.tensor(sizes).cumsum(0))
         return made
 
 
@@ -127,11 +162,28 @@ def tiles_of(frames_RFHWC: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarra
     return tiles.reshape(-1, side, side, 3), number.reshape(r, f, -1)
 
 
-def _counted(number_R2P: np.ndarray) -> np.ndarray:
-    """Different (tile, tile in the same place one frame on, how often) rows (N, 3)."""
-    pairs = number_R2P.transpose(0, 2, 1).reshape(-1, 2)
-    different, count = np.unique(pairs, axis=0, return_counts=True)
+def _counted(pairs_X2: np.ndarray) -> np.ndarray:
+    """Different (tile before, tile after, how often) rows (M, 3)."""
+    different, count = np.unique(pairs_X2, axis=0, return_counts=True)
     return np.concatenate([different, count[:, None]], 1)
+
+
+def _moved(number_R2P: np.ndarray, places_R2N: np.ndarray) -> np.ndarray:
+    """Tiles (X, 2) that players showed before and after, wherever they were and are."""
+    row, player = np.nonzero((places_R2N >= 0).all(1))
+    return np.stack([number_R2P[row, i, places_R2N[row, i, player]] for i in range(2)], 1)
+
+
+def standing(states_BNS: Tensor, valid_BN: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+    """Cell of every player (B, N), counted row by row, -1: not on the map.
+
+    ``states_BNS``: positions in [-1, 1] first; the seventh number, if there, tells who is alive.
+    """
+    h, w = grid_hw
+    there = valid_BN & (states_BNS[..., 6] > 0) if states_BNS.shape[-1] > 2 else valid_BN
+    size = torch.tensor([w, h], device=states_BNS.device)
+    at = ((states_BNS[..., :2] + 1) / 2 * size).floor().long().clamp(min=0).minimum(size - 1)
+    return torch.where(there, at[..., 1] * w + at[..., 0], -1)
 
 
 def _cells(latents_BChw: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ class PartyNanoConfig:
     ``games``: their names, in the order of their numbers; ``cells``: per game the offset and size
     of its cells (see ``PartyWorld``), used with ``snap``; ``steps``: denoising timesteps of a step;
     ``solver_steps``: a UniPC solver with this many steps instead (0: none); ``guidance``: its scale
-    (1: off); ``tiles``: how many tiles and pairs of them are in the book that drawn cells are
-    replaced from (None: there is none), ``tile_prior``: how much what followed in recordings is
-    preferred (see ``CellBook``); ``end_scale``: factor on end chances; ``reward_range``,
-    ``outcome_squash``: see ``PartyOutcomeConfig``.
+    (1: off); ``tiles``: how many tiles, and pairs of them in a place and of a player, are in the
+    book that drawn cells are replaced from (None: there is none), ``tile_prior``: how much what
+    followed in recordings is preferred (see ``CellBook``); ``end_scale``: factor on end chances;
+    ``reward_range``, ``outcome_squash``: see ``PartyOutcomeConfig``.
     """
 
     name: str
@@ -53,7 +53,7 @@ class PartyNanoConfig:
     guidance: float = 1.0
     temperature: float = 1.0
     context_noise: float = 0.0
-    tiles: tuple[int, int] | None = None
+    tiles: tuple[int, int, int] | None = None
     tile_prior: float = 0.3
     end_scale: float = 1.0
     outcome_frames: int = 1
@@ -111,7 +111,7 @@ class PartyNano(nn.Module):
             frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members,
             reward_range=cfg.reward_range, squash=cfg.outcome_squash))
         self.book = None if cfg.tiles is None else CellBook(
-            cfg.codec.channels, *cfg.tiles, len(cfg.games), cfg.tile_prior)
+            cfg.codec.channels, cfg.tiles[0], cfg.tiles[1:], len(cfg.games), cfg.tile_prior)
 
     def world(self, device: torch.device | str = "cpu",
               max_pages: int | None = None) -> PartyWorld:
@@ -161,10 +161,11 @@ def tiny(seed: int = 0, lively: bool = True, games: int = 2, slots: int = 4,
             reader.last.bias.data.fill_(-3.0)  # type: ignore[union-attr, operator]
         if made.book is not None:
             nn.init.normal_(made.book.cells_TC, generator=generator)
-            sizes = torch.tensor([len(made.book), len(made.book.pairs_N3)]) // games
-            made.book.ends_G2.copy_(torch.arange(1, games + 1)[:, None] * sizes)
-            made.book.pairs_N3.copy_(torch.randint(
-                1, int(sizes[0]), made.book.pairs_N3.shape, generator=generator))
+            pairs = made.book.pairs_M3, made.book.moves_M3
+            sizes = torch.tensor([len(made.book), *map(len, pairs)]) // games
+            made.book.ends_G3.copy_(torch.arange(1, games + 1)[:, None] * sizes)
+            for some in pairs:
+                some.copy_(torch.randint(1, int(sizes[0]), some.shape, generator=generator))
     return made.world()
 
 

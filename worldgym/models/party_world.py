@@ -15,7 +15,7 @@ from worldgym.actions import ActionSpec
 from worldgym.engine import Chunk, World
 from worldgym.errors import ConfigError, NotFiniteError, ShapeError
 from worldgym.memory import SinkWindow
-from worldgym.models.cellbook import CellBook
+from worldgym.models.cellbook import CellBook, standing
 from worldgym.models.codec import Codec
 from worldgym.models.dynamics import before
 from worldgym.models.party import PartyDynamics
@@ -269,8 +269,10 @@ class PartyWorld(World):
         states = torch.where(state.extra["valid"][..., None], states, 0)
         drawn = video[:, :1].contiguous()
         if self.book is not None:
-            drawn = self.book(drawn[:, 0], state.history_BKChw[:, -1],
-                              state.extra["game"])[:, None]
+            places = [standing(x, state.extra["valid"], self.spec.latent_chw[1:])
+                      for x in (state.extra["subjects"][:, -1], states)]
+            drawn = self.book(drawn[:, 0], state.history_BKChw[:, -1], state.extra["game"],
+                              *places)[:, None]
         return drawn, state.extra | {
             "subjects": torch.cat([state.extra["subjects"][:, 1:], states[:, None]], 1),
             "controls": torch.cat([state.extra["controls"][:, 1:], action_BA.long()[:, None]], 1)}

@@ -23,7 +23,7 @@ from worldgym.data.starts import StartBank
 from worldgym.data.store import Episodes
 from worldgym.errors import ConfigError
 from worldgym.models import party_nano
-from worldgym.models.cellbook import CellBook
+from worldgym.models.cellbook import CellBook, standing
 from worldgym.models.codec import CodecConfig
 from worldgym.models.party import nano_config
 from worldgym.models.party_loss import PartyLossConfig, batch_of, party_loss
@@ -158,7 +158,7 @@ class FitParty(Stages):
     def _seeing(self, window: int, **changes: Any) -> PartyNano:
         """The world with these weights, and a book of tiles, whose steps see so many frames."""
         now, book = self.nano.cfg, self._book()
-        tiles = None if book is None else (len(book), len(book.pairs_N3))
+        tiles = None if book is None else (len(book), len(book.pairs_M3), len(book.moves_M3))
         made = PartyNano(replace(now, dynamics=replace(now.dynamics, window=window), tiles=tiles,
                                  **changes))
         weights = self.nano.state_dict()
@@ -173,13 +173,21 @@ class FitParty(Stages):
         if not count:
             return None
         rng = np.random.default_rng((self.cfg.seed, 4))
-        pairs = []
+        pairs, places = [], []
         for game, rows in self.rows.items():
             rows = rows[:-1][np.diff(rows) == 1]
             rows = rows[~np.isin(rows + 1, self.stores[game].starts)]  # another episode's first
             rows = np.sort(rng.choice(rows, min(count, len(rows)), False))
             pairs.append(np.stack([self._read(game, rows + i) for i in range(2)], 1))
-        return CellBook.of(self.nano.codec, pairs)
+            places.append(np.stack([self._places(game, rows + i) for i in range(2)], 1))
+        return CellBook.of(self.nano.codec, pairs, places)
+
+    def _places(self, game: str, rows: np.ndarray) -> np.ndarray:
+        """Cell of every player in the latents (R, N), -1: not on the map."""
+        store = self.stores[game]
+        there = torch.from_numpy(store.take("info_valid", rows) & store.take("info_alive", rows))
+        at = torch.from_numpy(np.nan_to_num(store.take("info_position", rows)))
+        return standing(at, there, self.nano.codec.cfg.latent_chw[1:]).numpy()
 
     def _read(self, game: str, rows: np.ndarray) -> np.ndarray:
         return self.view(self.stores[game].take("frames", rows))
