@@ -38,7 +38,8 @@ def film(kept: Mapping[str, tuple[Clips, Rolled]], path: str | Path, fps: float 
     half = (picture.shape[1] // 2, picture.shape[0] // 2)
     cv2 = _opencv()
     small = cv2.resize(picture, half, interpolation=cv2.INTER_AREA)
-    cv2.imwrite(str(still), np.ascontiguousarray(small[..., ::-1]))
+    cv2.imwrite(str(still), np.ascontiguousarray(small[..., ::-1]),
+                [cv2.IMWRITE_PNG_COMPRESSION, 9])
     return [path, still]
 
 

@@ -9,7 +9,7 @@ from worldgym.agents.results import by_metric, figure, told
 ROLLERS = {
     "model": "the shipped world", "snapped": "the same, its states snapped to cells",
     "unsnapped": "the same, its states as drawn", "real": "the recording itself (what judges see)",
-    "copy": "last frame copied", "model-1000": "the shipped recipe, stopped at 1,000 iterations",
+    "copy": "last frame copied", "model-1000": "the same network from nothing, 1,000 iterations",
     "no-msa": "no MSA, 1,000 iterations", "no-mca": "no MCA, 1,000 iterations",
     "pooled": "actions as one pooled embedding, 1,000 iterations"}
 JUDGED = {"ma_4": "MA, 4 actions", "ma_20": "MA, 20", "sp_4": "SP, 4", "sp_20": "SP, 20",

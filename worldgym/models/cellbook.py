@@ -111,16 +111,12 @@ class CellBook(nn.Module):
     def _likely(self, game: int, was: Tensor, from_BN: Tensor, to_BN: Tensor) -> Tensor:
         """log p of every tile (cells, tiles); ``was``: the tiles before (cells)."""
         log, count = self.chances(game)[was], len(was) // len(from_BN)
-        both = (from_BN >= 0) & (to_BN >= 0)
-        moves = []
-        for player in range(from_BN.shape[1]):
-            where = both[:, player].nonzero()[:, 0]
-            before, now = (where * count + x[where, player] for x in (from_BN, to_BN))
-            moves.append((now, self.chances(game, moved=True)[was[before]]))
-            log[now] = -torch.inf
-        for now, likely in moves:  # two told to be in one place: either of them, in no order
-            log[now] = log[now].maximum(likely)
-        return log
+        slot, player = ((from_BN >= 0) & (to_BN >= 0)).nonzero(as_tuple=True)
+        before, now = (slot * count + x[slot, player] for x in (from_BN, to_BN))
+        likely = self.chances(game, moved=True)[was[before]]
+        log[now] = -torch.inf
+        # two told to be in one place: either of them, in no order
+        return log.scatter_reduce(0, now[:, None].expand_as(likely), likely, "amax")
 
     @classmethod
     def of(cls, codec: Codec, pairs: Sequence[np.ndarray], places: Sequence[np.ndarray],

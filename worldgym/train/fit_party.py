@@ -78,27 +78,21 @@ class FitParty(Stages):
         if not cfg.init:
             return party_nano.fresh(config, cfg.seed)
         made = party_nano.load_party(cfg.init)
-        if cfg.fresh:
-            self.agree({"games": made.cfg.games, "codec": made.cfg.codec},
-                       {"games": config.games, "codec": config.codec},
-                       "fit without --init, or with its games and frames")
-            started = party_nano.fresh(config, cfg.seed)
-            kept = {k: v for k, v in made.state_dict().items()
-                    if not k.startswith(("book.", "dynamics."))}
-            started.load_state_dict(started.state_dict() | kept)
-            return started.eval()
         c, recent = made.cfg.codec.channels, max(cfg.recent, made.cfg.dynamics.recent)
         old = replace(made.cfg.dynamics, window=config.dynamics.window, recent=recent, wan=replace(
             made.cfg.dynamics.wan, in_dim=c * (1 + recent)))
-        self.agree({"games": made.cfg.games, "codec": made.cfg.codec, "dynamics": old},
-                   {"games": config.games, "codec": config.codec, "dynamics": config.dynamics},
+        mine = {"games": made.cfg.games, "codec": made.cfg.codec} | (
+            {} if cfg.fresh else {"dynamics": old})
+        self.agree(mine, {k: getattr(config, k) for k in mine},
                    "fit without --init, or with its games and sizes")
-        weights = {k: v for k, v in made.state_dict().items() if not k.startswith("book.")}
-        name = "dynamics.dit.patch_embedding.weight"  # newest frames first: older ones count from 0
-        weights[name] = torch.nn.functional.pad(
-            weights[name], (0, 0) * 3 + (0, old.wan.in_dim - weights[name].shape[1]))
-        started = PartyNano(config)
-        started.load_state_dict(weights)
+        others = ("book.", "dynamics.") if cfg.fresh else ("book.",)
+        weights = {k: v for k, v in made.state_dict().items() if not k.startswith(others)}
+        if not cfg.fresh:
+            name = "dynamics.dit.patch_embedding.weight"  # newest frames first: older ones from 0
+            weights[name] = torch.nn.functional.pad(
+                weights[name], (0, 0) * 3 + (0, old.wan.in_dim - weights[name].shape[1]))
+        started = party_nano.fresh(config, cfg.seed)
+        started.load_state_dict(started.state_dict() | weights)
         return started.eval()
 
     def _config(self) -> PartyNanoConfig:

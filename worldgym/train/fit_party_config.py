@@ -29,7 +29,9 @@ class FitPartyConfig:
     has more to learn, more often than one of two. ``compile``: fuse the dynamics' operations: an
     iteration takes less time, the first ones minutes (needs a C++ compiler).
     ``eventful``: share of the dynamics' batches in which a player is paid, ends, leaves the map or
-    comes back within three steps: what seldom happens is otherwise seldom learned.
+    comes back within three steps: what seldom happens is otherwise seldom learned. They are not
+    weighed back, as the heads' are: what follows from what is seen is learned more often, at the
+    price that what is left to chance happens somewhat more often than it should.
     ``steps``, ``temperature``: of the sampler; ``book_frames``: of each game, whose tiles drawn
     cells are replaced by (0: none; see ``CellBook``).
     ``video_share``: of the dynamics' iterations, the video alone; ``alone_share``: those on single
