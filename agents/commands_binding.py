@@ -46,7 +46,7 @@ class Binding:
     last frame copied ("copy"), and the model with its states snapped to cells, or not.
 
     Args:
-        world: folder of the world.
+        world: id, or folder that ``worldgym fit-party`` wrote.
         data: folder that ``worldgym collect-party`` wrote.
         baseline: NAME=FOLDER of further worlds, for instance no-msa=runs/no_msa.
         out: results file.
@@ -58,7 +58,7 @@ class Binding:
         seed: of the dream's noise.
     """
 
-    world: Path
+    world: str
     data: Path
     baseline: tuple[str, ...] = ()
     out: Path = Path("results/party_binding.json")
@@ -72,9 +72,10 @@ class Binding:
     def _rollers(self) -> dict[str, Any]:
         """What is measured, by name."""
         from worldgym.agents import binding
+        from worldgym.envs.party_tasks import place
 
         rollers: dict[str, Any] = {"real": binding.recorded, "copy": binding.copied}
-        rollers |= binding.dreams(self.world, self.seed)
+        rollers |= binding.dreams(place(self.world), self.seed)
         for name, folder in _named(self.baseline, rollers):
             rollers[name] = binding.dreams(folder, self.seed)["model"]
         return rollers

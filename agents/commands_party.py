@@ -76,7 +76,7 @@ class FitParty:
         data: folder that ``worldgym collect-party`` wrote.
         out: world folder to make.
         name: name of the world.
-        init: world folder to start from; its codec stays.
+        init: world to start from, id or folder; its codec stays.
         fresh: take codec and heads of init only; the dynamics begin anew.
         games: names of games; default: all that are in data.
         codec_iterations: length of the codec's training.
@@ -138,9 +138,12 @@ class FitParty:
 
     def run(self) -> None:
         """Fit."""
+        from worldgym.envs.party_tasks import place
         from worldgym.train.fit_party import FitPartyConfig, fit_party
 
         given = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.init is not None:
+            given["init"] = str(place(self.init))
         folder = fit_party(FitPartyConfig(**{k: v for k, v in given.items() if v is not None}))
         if not int(os.environ.get("RANK", "0")):
             print(f"world written to {folder}")

@@ -60,6 +60,11 @@ def _load(folder: str, stamp: int, device: str, name: str) -> PartyTask:
                      facing=party.cfg.dynamics.subjects.facing, name=name, facts=facts)
 
 
+def place(name: str | Path) -> Path:
+    """The folder of a shipped party world's id; any other name is a path already."""
+    return PARTIES.get(str(name), Path(name))
+
+
 def load_party(name: str | Path, *, device: str = "cpu") -> PartyTask:
     """The task of a registered id or of a party world's folder; shared within a process.
 
@@ -70,7 +75,7 @@ def load_party(name: str | Path, *, device: str = "cpu") -> PartyTask:
     Raises:
         ConfigError: unknown id. CheckpointError: a file is missing or does not fit.
     """
-    folder = PARTIES.get(str(name), Path(name))
+    folder = place(name)
     missing = [f for f in FILES if not (folder / f).is_file()]
     if missing and str(name) not in PARTIES and not folder.exists():
         raise ConfigError("unknown party world", given=repr(str(name)),

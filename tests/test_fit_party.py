@@ -12,16 +12,15 @@ import pytest
 import torch
 
 from tests import fit_run
+from tests.party_squares import CELLS, PLAYERS, SLOTS, recorded_games
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import party_toy as toy  # noqa: E402
 
-from worldgym.actions import ActionSpec  # noqa: E402
 from worldgym.agents import cli  # noqa: E402
 from worldgym.data.party import PartySampler, halved, open_party, split_party  # noqa: E402
 from worldgym.data.starts import StartBank  # noqa: E402
-from worldgym.data.store import Episodes  # noqa: E402
-from worldgym.envs.party_tasks import load_party  # noqa: E402
+from worldgym.envs.party_tasks import PARTIES, load_party  # noqa: E402
 from worldgym.errors import CheckpointError, ConfigError  # noqa: E402
 from worldgym.models import party_nano  # noqa: E402
 from worldgym.models.party_loss import PartyLossConfig, party_loss  # noqa: E402
@@ -33,46 +32,15 @@ from worldgym.models.party_outcome import (  # noqa: E402
 from worldgym.train.fit_party import FitParty, FitPartyConfig  # noqa: E402
 from worldgym.train.metrics_party import cell_of, measure_party, recorded_states  # noqa: E402
 
-SIDE, SLOTS, PLAYERS = 4, 4, 3
-CELLS = (0.0, 0.0, 2 / SIDE, 2 / SIDE)
 SMALL = {"codec_iterations": 8, "dynamics_iterations": 12, "outcome_iterations": 4, "width": 32,
          "layers": 1, "batch": 4, "clip": 4, "window": 3, "recent": 2, "starts": 6,
          "tensorboard": False,
          "alone_share": 0.5, "video_share": 0.2, "holdout": 0.3, "measure": False, "party": True}
 
 
-def episode(steps, seed):
-    """A toy game as a recording: cells of 8 pixels, a free slot, who faces where he last went."""
-    game = toy.Toy(1, np.random.default_rng(seed), toy.Rules(side=SIDE, walls=1))
-    rng, rows = np.random.default_rng(seed + 1), steps + 1
-    actions = np.full((rows, SLOTS), -1, np.int16)
-    actions[1:, :PLAYERS] = rng.integers(0, 5, (steps, PLAYERS))
-    frames, where, rewards = [], [], np.zeros((rows, SLOTS), np.float32)
-    for f in range(rows):
-        if f:
-            rewards[f, :PLAYERS] = game.step(actions[f:f + 1, :PLAYERS])[0]
-        picture = ((game.frame()[0].transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8)
-        frames.append(picture.repeat(8, 0).repeat(8, 1))
-        where.append(np.pad(game.states()[0], ((0, 1), (0, 0)), constant_values=np.nan))
-    valid = np.arange(SLOTS) < PLAYERS
-    turned = np.where(valid, np.maximum(actions, 1) - 1, -1).astype(np.int8)
-    last = np.arange(rows) == steps
-    return {"frames": np.stack(frames), "actions": actions, "rewards": rewards,
-            "terminated": np.zeros(rows, bool), "truncated": last,
-            "info_position": np.stack(where).astype(np.float32), "info_orientation": turned,
-            "info_alive": valid[None].repeat(rows, 0), "info_valid": valid[None].repeat(rows, 0),
-            "info_ended": np.zeros((rows, SLOTS), bool), "seed": None,
-            "policy": "|".join(["random"] * PLAYERS)}
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("games")
-    for number, game in enumerate(("apples", "walls")):
-        store = Episodes.create(folder / game, ActionSpec.discrete(5), (32, 32), 8.0,
-                                {"recipe": {"frame_cells_hw": [SIDE, SIDE]}}, SLOTS)
-        store.append([episode(9 + i, 10 * number + i) for i in range(5)])
-    return folder
+    return recorded_games(tmp_path_factory.mktemp("games"))
 
 
 @pytest.fixture(scope="module")
@@ -273,55 +241,6 @@ def test_held_out_episodes_are_not_trained_on(whole, data):
 # ---- small hooks
 
 
-def test_eventful_clips_are_weighed_back(data):
-    """Half of the clips pay; weighed by ``likely``, their share is that of the recordings."""
-    stores = open_party(data)
-    ids = {k: np.arange(len(v)) for k, v in stores.items()}
-    games = {"frames": 2, "batch": 4000, "permute": False, "with_frames": False}
-    drawn = PartySampler(stores, ids, **games, eventful=0.5)(0)
-    plain = PartySampler(stores, ids, **games)(0)
-    for number, store in enumerate(stores.values()):
-        rewards = store.take("rewards", np.arange(store.rows))
-        share = (rewards != 0).any(1).sum() / store.steps
-        pays, mine = (drawn["rewards"][:, -1] != 0).any(1), drawn["game"] == number
-        assert 0 < share < 0.1 and pays[mine].mean() == pytest.approx(0.5 + share / 2, abs=0.04)
-        back = (drawn["likely"] * pays)[mine].sum() / drawn["likely"][mine].sum()
-        assert back == pytest.approx(share, rel=0.1)
-        even = (plain["rewards"][:, -1] != 0).any(1)[plain["game"] == number].mean()
-        assert even == pytest.approx(share, abs=0.02)
-    with pytest.raises(ConfigError, match="eventful 1"):
-        PartySampler(stores, ids, 2, 4, eventful=1.0)
-
-
-def test_what_leads_to_an_event_is_drawn_with_it(tmp_path):
-    """A player leaves in row 5 of the second episode: rows 3 to 5 of that episode are eventful."""
-    store = Episodes.create(tmp_path / "game", ActionSpec.discrete(5), (32, 32), 8.0,
-                            {"recipe": {"frame_cells_hw": [SIDE, SIDE]}}, SLOTS)
-    plain, leaves = episode(9, 0), episode(9, 1)
-    for one in (plain, leaves):
-        one["rewards"][:] = 0
-    leaves["info_alive"][5:, 0] = False
-    store.append([plain, leaves, plain])  # the third begins with everyone on the map again
-    stores, ids = {"game": store}, {"game": np.arange(3)}
-    drawn = PartySampler(stores, ids, 2, 4000, with_frames=False, eventful=0.9, soon=2)(0)
-    last = drawn["rows"][:, -1] - int(store.starts[1])
-    often = np.isin(last, (3, 4, 5))
-    assert often.mean() == pytest.approx(0.9 + 0.1 * 3 / 27, abs=0.02)
-    assert (drawn["likely"][often] < 1).all() and (drawn["likely"][~often] > 1).all()
-
-
-def test_games_are_drawn_as_often_as_asked(data):
-    stores = open_party(data)
-    ids = {k: np.arange(len(v)) for k, v in stores.items()}
-    games = {"frames": 2, "batch": 4000, "with_frames": False}
-    drawn = PartySampler(stores, ids, **games, chances=(0.8, 0.2))(0)["game"]
-    assert (drawn == 0).mean() == pytest.approx(0.8, abs=0.03) and set(drawn) == {0, 1}
-    assert (PartySampler(stores, ids, **games, chances=(0.0, 1.0))(0)["game"] == 1).all()
-    for wrong in ((0.5, 0.4), (1.5, -0.5), (1.0,)):
-        with pytest.raises(ConfigError, match="chances of sum 1"):
-            PartySampler(stores, ids, **games, chances=wrong)
-
-
 def test_a_run_goes_on_from_a_world(whole, data, tmp_path):
     """The codec stays bit for bit; dynamics and heads start where they were and move."""
     settings = SMALL | {"data": str(data), "out": str(tmp_path / "next"), "name": "next",
@@ -439,6 +358,14 @@ def test_loader_refusals(whole, tmp_path):
         load_party(tmp_path)
     with pytest.raises(ConfigError, match="not learned this game"):
         load_party(whole[0]).game_id("chess")
+
+
+def test_a_shipped_world_is_named_by_its_id(monkeypatch):
+    seen = []
+    monkeypatch.setattr("worldgym.train.fit_party.fit_party", lambda cfg: seen.append(cfg))
+    ours = "worldgym/MeltingPotMini-v0"
+    cli.parse(["fit-party", "--data", "d", "--out", "o", "--init", ours]).run()
+    assert Path(seen[0].init) == PARTIES[ours]
 
 
 def test_the_command_passes_its_settings_on(monkeypatch):
