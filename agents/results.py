@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from worldgym.data.store import one_writer
 from worldgym.errors import ConfigError, DatasetError
 
 PACKAGES = ("torch", "gymnasium", "stable-baselines3", "sb3-contrib", "vizdoom", "numpy")
@@ -139,19 +140,21 @@ def write(
     """Write ``rows`` to ``path`` in one atomic step.
 
     With ``merge``, rows of an existing file with another (what, metric) stay, and each kept row
-    that an earlier command measured says so under ``about``.
+    that an earlier command measured says so under ``about``. Commands that end at the same time
+    wait for each other, so that none takes away another's rows.
     """
     path = Path(path)
     new = [row.to_json() for row in rows]
     header = {**about(command), **(extra or {})}
-    if merge and path.exists():
-        old = read(path)
-        fresh = {(row["what"], row["metric"]) for row in new}
-        stamp = {k: old["about"].get(k) for k in ("command", "commit", "machine", "date")}
-        new = [{**row, "about": row.get("about", stamp)} for row in old["rows"]
-               if (row["what"], row["metric"]) not in fresh] + new
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_text(path, json.dumps({"about": header, "rows": new}, indent=1) + "\n")
+    with one_writer(path.parent):
+        if merge and path.exists():
+            old = read(path)
+            fresh = {(row["what"], row["metric"]) for row in new}
+            stamp = {k: old["about"].get(k) for k in ("command", "commit", "machine", "date")}
+            new = [{**row, "about": row.get("about", stamp)} for row in old["rows"]
+                   if (row["what"], row["metric"]) not in fresh] + new
+        atomic_text(path, json.dumps({"about": header, "rows": new}, indent=1) + "\n")
     return path
 
 

@@ -314,6 +314,19 @@ def test_rewards_count_as_often_as_they_are():
                               rtol=1e-3)
 
 
+def test_trained_as_it_is_played():
+    """Convolutions while gradients are kept, products of rows without: the same numbers."""
+    cfg = PartyOutcomeConfig(latent_chw=(3, 4, 6), channels=2, actions=5, width=8, hidden=8)
+    model, g = PartyOutcome(cfg), generator(3)
+    given = (torch.randn(5, 1, 3, 4, 6, generator=g), torch.rand(5, 2, 2, generator=g),
+             torch.randn(5, 3, 4, 6, generator=g), torch.rand(5, 2, 2, generator=g),
+             torch.tensor([[0, 4]] * 5), torch.ones(5, 2, dtype=torch.bool))
+    trained = model(*given)
+    assert trained.requires_grad
+    with torch.no_grad():
+        assert torch.allclose(model(*given), trained, atol=1e-5)
+
+
 def test_places_are_bilinear():
     at = places(torch.tensor([[[[-0.75, -0.75], [0.5, 0.0], [1.0, 1.0]]]]), (2, 4))[0, 0]
     assert at.sum(1).tolist() == pytest.approx([1, 1, 1])

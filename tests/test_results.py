@@ -1,6 +1,7 @@
 """Results files and intervals."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def test_written_as_the_architecture_says(tmp_path):
     assert set(data["about"]) >= {"command", "commit", "machine", "versions", "date"}
     assert data["rows"] == [{"what": "dream-ppo", "metric": "real_return", "value": 812.4,
                              "ci95": [730.1, 900.2], "n": 100, "unit": "tics", "seeds": "0-99"}]
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_merge_replaces_only_what_was_measured_again(tmp_path):
@@ -30,6 +31,16 @@ def test_merge_replaces_only_what_was_measured_again(tmp_path):
     rows = {row["what"]: row for row in results.read(path)["rows"]}
     assert rows["a"]["value"] == 3 and "about" not in rows["a"]
     assert rows["b"]["value"] == 2 and rows["b"]["about"]["command"] == "first"
+
+
+def test_commands_that_end_together_keep_all_rows(tmp_path):
+    def measured(i):
+        for j in range(10):
+            results.write(tmp_path / "r.json", [Row(what=f"{i}", metric=f"{j}", value=i * j)], "c")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(measured, range(8)))
+    assert len(results.read(tmp_path / "r.json")["rows"]) == 80
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": []}', '{"about": {}, "rows": []}',

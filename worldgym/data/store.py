@@ -205,7 +205,7 @@ class Episodes:
         if not len(episodes):
             raise DatasetError("nothing to append", given="0 episodes", expected="at least 1",
                                fix="skip the call when nothing was recorded")
-        with _writer(self.path):
+        with one_writer(self.path):
             self._load()  # another process may have appended
             index = _read_index(self.path)
             if not index["shards"]:
@@ -254,8 +254,8 @@ class Episodes:
 
 
 @contextmanager
-def _writer(path: Path) -> Iterator[None]:
-    """One appending process at a time; the lock dies with its process."""
+def one_writer(path: Path) -> Iterator[None]:
+    """One process at a time writes in this folder; the lock dies with its process."""
     if fcntl is None:
         yield
         return

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldgym.heads import Learned
-from worldgym.models.outcome import linear, neighbours
+from worldgym.models.outcome import around, linear
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +54,8 @@ class _Reader(nn.Module):
         crowd = (at_BKNP * valid_BN[:, None, :, None]).sum(2).unflatten(-1, grid)
         x = torch.cat([frames_BKChw.flatten(1, 2), crowd], 1)
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # marks the border against zero padding
-        x = F.silu(linear(self.inputs, neighbours(x)))
-        x = F.silu(linear(self.middle, neighbours(x.transpose(1, 2).unflatten(2, grid))))
+        x = F.silu(around(self.inputs, x))
+        x = F.silu(around(self.middle, x.transpose(1, 2).unflatten(2, grid)))
         here = [(at_BKNP[:, k, :, :, None] * x[:, None]).sum(2) for k in range(at_BKNP.shape[1])]
         every = x.mean(1, keepdim=True).expand(-1, valid_BN.shape[1], -1)
         own = torch.cat([*here, every, states_BKNS.transpose(1, 2).flatten(2), action_BNA], 2)
