@@ -144,13 +144,12 @@ _ALL = (
               "/!**aA**|/", "/L~~~~~~J/"),
         avatar={"AvatarRespawn": {"framesTillRespawn": 1000000}}, removed_for_good=True),
     PartyGame(
-        name="prisoners_dilemma", players=(2,),
-        substrate="prisoners_dilemma_in_the_matrix__repeated",
-        tint=1.0,
-        about="Two players collect green or red, then play a prisoner's dilemma with a beam.",
+        name="prisoners_dilemma", substrate="prisoners_dilemma_in_the_matrix__arena",
+        players=_SEVEN, tint=1.0,
+        about="Players collect green or red and play prisoner's dilemmas with a beam.",
         pickups=((98, 234, 206), (234, 98, 126)), collect_first=True,
-        rows=("WWWWWWWWWW", "Wn  11  nW", "W  a11a  W", "W W    W W", "W W    W W", "W  a22a  W",
-              "Wn  22  nW", "WWWWWWWWWW"),
+        rows=("WWWWWWWWWW", "WP11P 22PW", "W 11  22 W", "WP a  a PW", "W  aPPa PW", "W 22  11 W",
+              "WP22P 11PW", "WWWWWWWWWW"),
         avatar=_SOON),
     PartyGame(
         name="stag_hunt", substrate="stag_hunt_in_the_matrix__arena", players=_SEVEN,
@@ -182,7 +181,9 @@ _ALL = (
         about="Iron can be mined alone, gold only by two players at once.",
         solid="W", pickups=((54, 54, 13), (50, 42, 42)), work=("O",),
         rows=("WWWWWWWWWW", "WPOOOOOOPW", "WOOOOOOOOW", "WOOWOOWPOW", "WOPOOOOOOW", "WOOOOOOOOW",
-              "WPOOOOOOPW", "WWWWWWWWWW")),
+              "WPOOOOOOPW", "WWWWWWWWWW"),
+        # 20 times the substrate's: its 538 cells of ore bring 15 in 100 steps, these 41 bring 23
+        prefabs={"ore": {"FixedRateRegrow": {"liveRates": [0.004, 0.0016]}}}),
     PartyGame(
         name="mushrooms", substrate="externality_mushrooms__dense", players=(2, 3, 4, 5),
         about="Red mushrooms pay the eater, green everyone, blue the others.",
