@@ -33,8 +33,11 @@ def binding(data: dict[str, Any]) -> str:
 
     lines = head + [line(what, label) for what, label in ROLLERS.items() if (what, "ma_4") in rows]
     counted = rows["model", "ma_4"]["n"]
-    lines += ["", f"Pooled over {len(games)} games, held-out episodes, {counted:,} movement steps "
-              "within 4 actions; judged on pixels by classifiers that saw real frames only.", "",
+    without = [game for game in data["about"]["games"] if game not in games]
+    apart = f" (without {', '.join(without)}: judges miss real players there)" if without else ""
+    lines += ["", f"Pooled over {len(games)} games{apart}, held-out episodes, {counted:,} movement "
+              "steps within 4 actions; judged on pixels by classifiers that saw real frames only.",
+              "",
               "<details><summary>Every game (the shipped world)</summary>", "", *head]
     lines += [line(f"model/{game}", game) for game in data["about"]["games"]]
     return "\n".join([*lines, "", "</details>", ""])
