@@ -101,6 +101,8 @@ class PartyGame:
 
 
 _SEVEN = (2, 3, 4, 5, 6, 7)
+_ARENA = ("WWWWWWWWWW", "WP11P 22PW", "W 11  22 W", "WP a  a PW", "W  aPPa PW", "W 22  11 W",
+          "WP22P 11PW", "WWWWWWWWWW")
 # steps that two who met stand still, and are then away: few enough to be seen in the frames before
 # (the substrates' own 16 and 5 or 50 leave most of a short game to waiting)
 _SOON = {"GameInteractionZapper": {"freezeOnInteraction": 2, "framesTillRespawn": 2}}
@@ -148,15 +150,13 @@ _ALL = (
         players=_SEVEN, tint=1.0,
         about="Players collect green or red and play prisoner's dilemmas with a beam.",
         pickups=((98, 234, 206), (234, 98, 126)), collect_first=True,
-        rows=("WWWWWWWWWW", "WP11P 22PW", "W 11  22 W", "WP a  a PW", "W  aPPa PW", "W 22  11 W",
-              "WP22P 11PW", "WWWWWWWWWW"),
+        rows=_ARENA,
         avatar=_SOON),
     PartyGame(
         name="stag_hunt", substrate="stag_hunt_in_the_matrix__arena", players=_SEVEN,
         about="Players collect stag or hare resources and meet others with a beam.",
         pickups=((98, 234, 206), (234, 98, 126)), collect_first=True,
-        rows=("WWWWWWWWWW", "WP11P 22PW", "W 11  22 W", "WP a  a PW", "W  aPPa PW", "W 22  11 W",
-              "WP22P 11PW", "WWWWWWWWWW"),
+        rows=_ARENA,
         avatar=_SOON),
     PartyGame(
         name="scissors", players=(2,), substrate="running_with_scissors_in_the_matrix__repeated",
@@ -182,7 +182,7 @@ _ALL = (
         solid="W", pickups=((54, 54, 13), (50, 42, 42)), work=("O",),
         rows=("WWWWWWWWWW", "WPOOOOOOPW", "WOOOOOOOOW", "WOOWOOWPOW", "WOPOOOOOOW", "WOOOOOOOOW",
               "WPOOOOOOPW", "WWWWWWWWWW"),
-        # 20 times the substrate's: its 538 cells of ore bring 15 in 100 steps, these 41 bring 23
+        # 20 times the substrate's: its 538 cells of ore bring 15 in 100 steps, these 40 bring 22
         prefabs={"ore": {"FixedRateRegrow": {"liveRates": [0.004, 0.0016]}}}),
     PartyGame(
         name="mushrooms", substrate="externality_mushrooms__dense", players=(2, 3, 4, 5),

@@ -20,7 +20,7 @@ def test_written_as_the_architecture_says(tmp_path):
     assert set(data["about"]) >= {"command", "commit", "machine", "versions", "date"}
     assert data["rows"] == [{"what": "dream-ppo", "metric": "real_return", "value": 812.4,
                              "ci95": [730.1, 900.2], "n": 100, "unit": "tics", "seeds": "0-99"}]
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_merge_replaces_only_what_was_measured_again(tmp_path):
