@@ -134,7 +134,7 @@ def test_a_player_keeps_its_looks(codec, walks):
     book.cells_TC.copy_(3 * torch.eye(6)[:3])
     look = number[np.arange(40)[:, None], 0, places[:, 0]]  # tile of both players (40, 2)
     chance = book.chances(0, moved=True).exp()
-    torch.testing.assert_close(chance.sum(1), torch.ones(3))
+    torch.testing.assert_close(chance.sum(1), torch.ones(4))
     assert all(chance[i, i] > 0.9 for i in np.unique(look))
 
     def latents(number_P):
@@ -149,8 +149,9 @@ def test_a_player_keeps_its_looks(codec, walks):
     game = torch.zeros(1, dtype=torch.int64)
     assert torch.equal(book(mixed, before, game, *at), after)
     assert torch.equal(book(mixed, before, game, *(x.flip(1) for x in at)), after)
-    wrong = drawn(book, mixed, before, game)  # nobody is told to be there
-    assert torch.equal(wrong[0, :, here // 6, here % 6], book.cells_TC[other])
+    floor = int(np.bincount(number.ravel()).argmax())
+    wrong = drawn(book, mixed, before, game)  # nobody is told to be there: a figure nobody plays
+    assert torch.equal(wrong, latents(np.full(24, floor)))
     many = book(mixed.repeat(3, 1, 1, 1), before.repeat(3, 1, 1, 1), game.repeat(3),
                 *(torch.cat([x.flip(1), torch.full_like(x, -1), x]) for x in at))
     assert torch.equal(many[0], after[0]) and torch.equal(many[1], wrong[0])
@@ -159,6 +160,38 @@ def test_a_player_keeps_its_looks(codec, walks):
     both = at[0], at[1][:, :1].expand(1, 2)
     swapped = tuple(x.flip(1) for x in both)
     assert torch.equal(book(mixed, before, game, *both), book(mixed, before, game, *swapped))
+
+
+def test_whoever_comes_back_is_drawn_and_nobody_else(codec, walks):
+    """Players that were not on the map look as such ones did; a floor drawn where one is told to
+    be is a player, a player drawn where nobody is told to be is the floor."""
+    frames, places = walks
+    far = places.copy()
+    far[:20, 0, 0] = -1  # the first player of these comes onto the map
+    book = CellBook.of(codec, [frames], [far])
+    _, number = tiles_of(frames, 4)
+    book.cells_TC.copy_(3 * torch.eye(6)[:3])
+    first, second = number[0, 0, places[0, 0]]
+    floor = 3 - first - second
+    chance = book.chances(0, moved=True).exp()
+    assert chance[3, first] > 0.9 and chance[:, floor].max() == 0
+    assert book.chances(0).exp()[:, [first, second]].max() == 0
+    game, cells = torch.zeros(1, dtype=torch.int64), np.full(24, floor)
+    cells[7] = second
+    shown = book.cells_TC[torch.from_numpy(cells)].T.reshape(1, 6, 4, 6).contiguous()
+    before = book.cells_TC[floor].view(1, 6, 1, 1).expand(1, -1, 4, 6).contiguous()
+    got = book(shown, before, game, torch.tensor([[-1]]), torch.tensor([[15]]))
+    assert torch.equal(got[0, :, 2, 3], book.cells_TC[first])
+    got[0, :, 2, 3] = book.cells_TC[floor]
+    assert torch.equal(got, before)
+
+
+def test_a_game_recorded_without_players_draws_any_of_its_tiles_for_one(codec, frames):
+    book = CellBook.of(codec, frames, nobody(frames))
+    latents = encoded(codec, frames[0][:1, 1])
+    at = torch.tensor([[5]])
+    got = book(latents, latents, torch.zeros(1, dtype=torch.int64), at, at)
+    torch.testing.assert_close(got, latents, rtol=0, atol=1e-5)
 
 
 def test_standing():

@@ -107,6 +107,54 @@ def test_same_seed_same_bank_and_disk_keeps_the_bits(episodes, bank, tmp_path):
     assert checkpoint.load_tensors(tmp_path / "starts.safetensors")[1]["world"] == "w"
 
 
+def test_a_game_of_tiles_takes_little_room_and_comes_back_to_the_bit(tmp_path):
+    """Frames of few squares, of latents by the square: written as numbers of the different ones."""
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    looks = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).half()
+    looks[0, 0] = -0.0
+    n, number = 300, rng.integers(5, size=(300, 6, 8))
+    frames = tiles[number].transpose(0, 1, 3, 2, 4, 5).reshape(n, 24, 32, 3)
+    at = rng.choice(np.float32([-0.75, -0.25, 0.25, 0.75]), (n, 1, 2, 2))
+    rows = np.arange(n, dtype=np.int32)
+    made = StartBank(
+        latents_UChw=looks[torch.from_numpy(number)].permute(0, 3, 1, 2).contiguous(),
+        latent_rows_NK=rows[:, None], actions=np.zeros((n, 1, 2), np.int64),
+        null_NK=np.ones((n, 1), bool), length_N=np.ones(n, np.int64), frames_VHWC=frames,
+        frame_rows_N=rows, beginnings=np.ones(n, bool), subjects_NKPS=at,
+        valid_NP=np.ones((n, 2), bool), game_N=np.zeros(n, np.int64))
+    path = made.save(tmp_path / "tiles.safetensors")
+    again = StartBank.load(path)
+    assert again.latents_UChw.view(torch.int16).equal(made.latents_UChw.view(torch.int16))
+    assert (again.frames_VHWC == frames).all() and again.frames_VHWC.dtype == np.uint8
+    assert (again.subjects_NKPS == at).all() and again.latents_UChw.is_contiguous()
+    tensors, header = checkpoint.load_tensors(path)
+    stored = sum(t.numel() * t.element_size() for t in tensors.values())
+    plain = sum(x.nbytes for x in (frames, made.latents_UChw.numpy(), at))
+    assert header["format"] == 2 and stored < plain / 5
+    # starts whose pictures hardly repeat stay as they were
+    noise = rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    plain = StartBank.from_frames(encode, noise, np.zeros(20, np.int64))
+    _, header = checkpoint.load_tensors(plain.save(tmp_path / "plain.safetensors"))
+    assert header["format"] == 1
+    for change, words in (
+            (lambda t: t.pop("cells.rows"), "cells"), (lambda t: t.pop("squares.values"), "squares"),
+            (lambda t: t["cells.rows"].fill_(5), "cells"),
+            (lambda t: t["subjects.rows"].fill_(-1), "subjects"),
+            (lambda t: t.update({"cells.rows": t["cells.rows"].long()}), "cells"),
+            (lambda t: t.update({"cells": t["cells.rows"]}), "cells")):
+        broken = {k: v.clone() for k, v in tensors.items()}
+        change(broken)
+        checkpoint.save(path, broken, {"kind": "worldgym.starts", "format": 2})
+        with pytest.raises(CheckpointError, match=f"packed tensor.*{words}"):
+            StartBank.load(path)
+    for name, words in (("cells", "wrong tensors"), ("squares", "no squares")):
+        broken = tensors | {f"{name}.rows": tensors[f"{name}.rows"].flatten(1).contiguous()}
+        checkpoint.save(path, broken, {"kind": "worldgym.starts", "format": 2})
+        with pytest.raises(CheckpointError, match=words):
+            StartBank.load(path)
+
+
 def test_ages_and_starts_of_about_an_age(episodes, bank, tmp_path, monkeypatch):
     from dataclasses import replace
 

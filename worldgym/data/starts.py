@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from worldgym import checkpoint
+from worldgym.data.packed import pack, squares, unpack, whole
 from worldgym.data.start_rows import as_half, distinct, draw_rows, encode_rows
 from worldgym.data.store import Episodes
 from worldgym.errors import CheckpointError, ConfigError, DatasetError, ShapeError
 from worldgym.state import Starts
 
-FORMAT = 1
+FORMAT = 1  # one more where parts are packed
 KIND = "worldgym.starts"
 NEAR = 32  # starts among which one of about an age is drawn
 
@@ -247,22 +248,41 @@ class StartBank:
     # -- disk --------------------------------------------------------------------------------
 
     def save(self, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
-        """Write one safetensors file, atomically; ``metadata``: JSON values to keep with it."""
+        """Write one safetensors file, atomically; ``metadata``: JSON values to keep with it.
+
+        Cells, squares of the frames and states that come again and again are written once (see
+        ``packed``), so the starts of a game of tiles take a tenth of the room.
+        """
         tensors = {"latents": self.latents_UChw}
         for name, field in {**_ARRAYS, **_OPTIONAL}.items():
             if getattr(self, field) is not None:
                 tensors[name] = torch.from_numpy(np.array(getattr(self, field)))
-        header = {"kind": KIND, "format": FORMAT, "starts": len(self), **dict(metadata or {})}
+        some = {"cells": self.latents_UChw.permute(0, 2, 3, 1), "subjects": tensors.get("subjects"),
+                "squares": squares(tensors["frames"], tuple(self.latents_UChw.shape[2:]))}
+        packed = False
+        for name, tensor in some.items():
+            parts = {} if tensor is None else pack(name, tensor)
+            if len(parts) == 2:
+                del tensors[_PACKED.get(name, name)]
+                tensors, packed = tensors | parts, True
+        header = {"kind": KIND, "format": FORMAT + packed, "starts": len(self),
+                  **dict(metadata or {})}
         return checkpoint.save(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> StartBank:
         """Read a bank back; CheckpointError when the file is none or does not fit together."""
         tensors, header = checkpoint.load_tensors(path)
-        if header.get("kind") != KIND or header.get("format") != FORMAT:
+        if header.get("kind") != KIND or header.get("format") not in (FORMAT, FORMAT + 1):
             raise CheckpointError("not a start bank", given=f"{path}: {header}",
-                                  expected=f"a {KIND} file of format {FORMAT}",
+                                  expected=f"a {KIND} file of format {FORMAT} or {FORMAT + 1}",
                                   fix="write it with StartBank.save")
+        if header["format"] != FORMAT:
+            tensors = unpack(tensors)
+            if "cells" in tensors and tensors["cells"].ndim == 4:
+                tensors["latents"] = tensors.pop("cells").permute(0, 3, 1, 2).contiguous()
+            if "squares" in tensors:
+                tensors["frames"] = whole(tensors.pop("squares"))
         if set(tensors) - set(_OPTIONAL) != {"latents", *_ARRAYS}:
             raise CheckpointError("start bank has the wrong tensors",
                                   given=f"{path}: {sorted(tensors)}",
@@ -320,6 +340,7 @@ _ARRAYS = {"latent_rows": "latent_rows_NK", "actions": "actions", "null": "null_
            "beginnings": "beginnings"}
 _PLAYERS = {"subjects": "subjects_NKPS", "valid": "valid_NP", "game": "game_N"}
 _OPTIONAL = {"age": "age_N", **_PLAYERS}
+_PACKED = {"cells": "latents", "squares": "frames"}  # what is packed in another layout
 
 
 def hash64(seeds: Any, episodes: Any) -> np.ndarray:

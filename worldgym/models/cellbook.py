@@ -23,17 +23,19 @@ MOST = 20_000  # tiles of a game; more are no game of tiles
 
 
 class CellBook(nn.Module):
-    """Latents of every game's recorded tiles, and how often which followed which: in a place, and
-    where a player was and where it is now.
+    """Latents of every game's recorded tiles, and how often which followed which: in a place where
+    nobody stands, and where a player was and where it is now.
 
     ``forward`` gives each cell the tile t that maximises prior * log p(t | tile before) -
     |cell - t|^2: for Gaussian errors of the drawing with variance prior / 2, the likeliest one.
     p: how often t followed that tile in recordings, with one more case, of any tile that ever came;
-    where a player is told to be, the tile before is the one in the place that it came from.
+    where a player is told to be, the tile before is the one in the place that it came from. So a
+    player is shown where one is told to be and nowhere else: a figure that nobody plays would stay
+    and, seen by the next drawing, bring others.
 
     Args:
         channels: C. tiles: T of all games together. pairs: different ones of all games that
-            followed each other in one place, and in those of one player. games: G. prior: see
+            followed each other in one place without a player, and in those of one player. games: G. prior: see
             above, in squared units of the latents; 0: the nearest.
     """
 
@@ -48,6 +50,7 @@ class CellBook(nn.Module):
         self.prior = prior
         self.register_buffer("cells_TC", torch.zeros(tiles, channels))
         # tile before and after, counted within the game, and how often: in a place, of a player
+        # (which was not on the map before: as many as the game has tiles)
         self.register_buffer("pairs_M3", torch.zeros(pairs[0], 3, dtype=torch.int32))
         self.register_buffer("moves_M3", torch.zeros(pairs[1], 3, dtype=torch.int32))
         # where a game's tiles and pairs end
@@ -66,15 +69,19 @@ class CellBook(nn.Module):
     def chances(self, game: int, moved: bool = False) -> Tensor:
         """log p (tiles, tiles): row: the tile before, column: the tile after.
 
-        ``moved``: those of a player, wherever it was and is; else those of one place.
+        ``moved``: those of a player, wherever it was and is, and in one row more those of one that
+        was not on the map; else those of one place where nobody stands. -inf: tiles not recorded
+        in such a place.
         """
         key = game, 1 + moved
         if key not in self._logs or self._logs[key].device != self.cells_TC.device:
             pairs = (self.moves_M3 if moved else self.pairs_M3)[self._part(*key)].long()
             size = len(self.tiles(game))
-            count = self.cells_TC.new_zeros(size, size)
+            count = self.cells_TC.new_zeros(size + moved, size)
             count[pairs[:, 0], pairs[:, 1]] = pairs[:, 2].to(count)
-            came = count.sum(0) - (0 if moved else count.diagonal()) + 0.5
+            seen = count.sum(0)
+            seen += ~seen.any()  # nothing recorded at all: any tile
+            came = (seen - (0 if moved else count.diagonal()) + 0.5) * (seen > 0)
             count += came / came.sum()
             self._logs[key] = (count / count.sum(1, keepdim=True)).log()
         return self._logs[key]
@@ -111,9 +118,10 @@ class CellBook(nn.Module):
     def _likely(self, game: int, was: Tensor, from_BN: Tensor, to_BN: Tensor) -> Tensor:
         """log p of every tile (cells, tiles); ``was``: the tiles before (cells)."""
         log, count = self.chances(game)[was], len(was) // len(from_BN)
-        slot, player = ((from_BN >= 0) & (to_BN >= 0)).nonzero(as_tuple=True)
+        slot, player = (to_BN >= 0).nonzero(as_tuple=True)
         before, now = (slot * count + x[slot, player] for x in (from_BN, to_BN))
-        likely = self.chances(game, moved=True)[was[before]]
+        moves = self.chances(game, moved=True)
+        likely = moves[torch.where(from_BN[slot, player] >= 0, was[before], len(moves) - 1)]
         log[now] = -torch.inf
         # two told to be in one place: either of them, in no order
         return log.scatter_reduce(0, now[:, None].expand_as(likely), likely, "amax")
@@ -136,7 +144,7 @@ class CellBook(nn.Module):
         if most > MOST:
             raise ConfigError("too many different tiles", given=f"{most} in one game",
                               expected=f"at most {MOST}", fix="keep no book of tiles")
-        pair = [_counted(number.transpose(0, 2, 1).reshape(-1, 2)) for _, number in found]
+        pair = [_counted(_stayed(number, at)) for (_, number), at in zip(found, places, strict=True)]
         move = [_counted(_moved(number, at)) for (_, number), at in zip(found, places, strict=True)]
         made = cls(codec.cfg.channels, sum(len(t) for t, _ in found),
                    (sum(map(len, pair)), sum(map(len, move))), len(found), prior)
@@ -164,10 +172,21 @@ def _counted(pairs_X2: np.ndarray) -> np.ndarray:
     return np.concatenate([different, count[:, None]], 1)
 
 
+def _stayed(number_R2P: np.ndarray, places_R2N: np.ndarray) -> np.ndarray:
+    """Tiles (X, 2) of one place before and after, where nobody stands after."""
+    free = np.ones((len(number_R2P), number_R2P.shape[2]), bool)
+    row, player = np.nonzero(places_R2N[:, 1] >= 0)
+    free[row, places_R2N[row, 1, player]] = False
+    return number_R2P.transpose(0, 2, 1)[free]
+
+
 def _moved(number_R2P: np.ndarray, places_R2N: np.ndarray) -> np.ndarray:
-    """Tiles (X, 2) that players showed before and after, wherever they were and are."""
-    row, player = np.nonzero((places_R2N >= 0).all(1))
-    return np.stack([number_R2P[row, i, places_R2N[row, i, player]] for i in range(2)], 1)
+    """Tiles (X, 2) that players showed before and after, wherever they were and are; before is
+    the number of tiles where a player was not on the map."""
+    row, player = np.nonzero(places_R2N[:, 1] >= 0)
+    was, now = (number_R2P[row, i, places_R2N[row, i, player]] for i in range(2))
+    was = np.where(places_R2N[row, 0, player] >= 0, was, number_R2P.max() + 1)
+    return np.stack([was, now], 1)
 
 
 def standing(states_BNS: Tensor, valid_BN: Tensor, grid_hw: tuple[int, int]) -> Tensor:

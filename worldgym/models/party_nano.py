@@ -36,7 +36,8 @@ class PartyNanoConfig:
     (1: off); ``tiles``: how many tiles, and pairs of them in a place and of a player, are in the
     book that drawn cells are replaced from (None: there is none), ``tile_prior``: how much what
     followed in recordings is preferred (see ``CellBook``); ``end_scale``: factor on end chances;
-    ``reward_range``, ``outcome_squash``: see ``PartyOutcomeConfig``.
+    ``reward_range``, ``outcome_squash``: see ``PartyOutcomeConfig``; ``outcome_games``: the heads
+    know the games by their numbers.
     """
 
     name: str
@@ -60,6 +61,7 @@ class PartyNanoConfig:
     outcome_width: int = 48
     outcome_members: int = 2
     outcome_squash: bool = False
+    outcome_games: bool = False
     reward_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -109,7 +111,8 @@ class PartyNano(nn.Module):
         self.outcome = PartyOutcome(PartyOutcomeConfig(
             latent_chw=cfg.dynamics.latent_chw, channels=sub.channels, actions=sub.actions,
             frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members,
-            reward_range=cfg.reward_range, squash=cfg.outcome_squash))
+            reward_range=cfg.reward_range, squash=cfg.outcome_squash,
+            games=len(cfg.games) if cfg.outcome_games else 1))
         self.book = None if cfg.tiles is None else CellBook(
             cfg.codec.channels, cfg.tiles[0], cfg.tiles[1:], len(cfg.games), cfg.tile_prior)
 

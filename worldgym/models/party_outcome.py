@@ -21,7 +21,8 @@ from worldgym.models.outcome import around, linear
 class PartyOutcomeConfig:
     """``frames``: K past frames read; ``members``: independent heads that are averaged;
     ``reward_range``: lowest and highest reward of a player in one recorded step; ``squash``:
-    learn sign(r) log(1 + |r|) of rewards r, where those of games differ much in size."""
+    learn sign(r) log(1 + |r|) of rewards r, where those of games differ much in size; ``games``:
+    how many are told apart by their number (1: by what they look like only)."""
 
     latent_chw: tuple[int, int, int]
     channels: int
@@ -32,6 +33,7 @@ class PartyOutcomeConfig:
     members: int = 2
     reward_range: tuple[float, float] | None = None
     squash: bool = False
+    games: int = 1
 
 
 class _Reader(nn.Module):
@@ -45,22 +47,30 @@ class _Reader(nn.Module):
         own = places * (cfg.width + cfg.channels) + cfg.width + cfg.actions + 1
         self.hidden = nn.Linear(own, cfg.hidden)
         self.last = nn.Linear(cfg.hidden, 1)
+        # of every game, what is added in each layer; zeros: heads that knew no games go on
+        self.games = None if cfg.games == 1 else nn.Embedding(
+            cfg.games, 2 * cfg.width + cfg.hidden, _weight=torch.zeros(
+                cfg.games, 2 * cfg.width + cfg.hidden))
+        self.sizes = cfg.width, cfg.width, cfg.hidden
 
     def forward(self, frames_BKChw: Tensor, states_BKNS: Tensor, action_BNA: Tensor,
-                valid_BN: Tensor) -> Tensor:
+                valid_BN: Tensor, game_B: Tensor | None = None) -> Tensor:
         """(B, N); ``states_BKNS``: where the players are in the frames that ask for it."""
+        added = (0.0, 0.0, 0.0) if self.games is None else self.games(game_B)[:, None].split(
+            self.sizes, -1)
         grid = frames_BKChw.shape[-2:]
         at_BKNP = places(states_BKNS[..., :2], grid)
         crowd = (at_BKNP * valid_BN[:, None, :, None]).sum(2).unflatten(-1, grid)
         x = torch.cat([frames_BKChw.flatten(1, 2), crowd], 1)
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # marks the border against zero padding
-        x = F.silu(around(self.inputs, x))
-        x = F.silu(around(self.middle, x.transpose(1, 2).unflatten(2, grid)))
+        x = F.silu(around(self.inputs, x) + added[0])
+        x = F.silu(around(self.middle, x.transpose(1, 2).unflatten(2, grid)) + added[1])
         here = [(at_BKNP[:, k, :, :, None] * x[:, None]).sum(2) for k in range(at_BKNP.shape[1])]
         every = x.mean(1, keepdim=True).expand(-1, valid_BN.shape[1], -1)
         own = torch.cat([*here, every, states_BKNS.transpose(1, 2).flatten(2), action_BNA], 2)
-        y = F.silu(linear(self.hidden, own.flatten(0, 1)))
-        return linear(self.last, y)[:, 0].unflatten(0, valid_BN.shape)
+        y = linear(self.hidden, own.flatten(0, 1)).unflatten(0, valid_BN.shape)
+        return linear(self.last, F.silu(y + added[2]).flatten(0, 1))[:, 0].unflatten(
+            0, valid_BN.shape)
 
 
 def places(position_BKN2: Tensor, grid_hw: tuple[int, int] | torch.Size) -> Tensor:
@@ -87,22 +97,26 @@ class PartyOutcome(nn.Module):
         self.register_buffer("reward_scale", torch.ones(()))
 
     def forward(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
-                after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor) -> Tensor:
-        """``before_BNS``, ``after_BNS``: states in the last past frame and in the one after."""
+                after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor,
+                game_B: Tensor | None = None) -> Tensor:
+        """``before_BNS``, ``after_BNS``: states in the last past frame and in the one after;
+        ``game_B``: numbers of the games, where ``cfg.games`` > 1."""
         action = F.one_hot(actions_BN, self.cfg.actions + 1).to(past_BKChw)
         both = torch.cat([past_BKChw, after_BChw[:, None]], 1)
         states = torch.stack([before_BNS, after_BNS], 1)
         states = torch.where(valid_BN[:, None, :, None], states, 0)
-        ends = [m(past_BKChw, states[:, :1], action, valid_BN) for m in self.ends]
-        rewards = [m(both, states, action, valid_BN) for m in self.rewards]
+        ends = [m(past_BKChw, states[:, :1], action, valid_BN, game_B) for m in self.ends]
+        rewards = [m(both, states, action, valid_BN, game_B) for m in self.rewards]
         return torch.stack([torch.stack(ends, 1), torch.stack(rewards, 1)], -1)
 
     def predict(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
-                after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor) -> tuple[Tensor, Tensor]:
+                after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor,
+                game_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(end chance, reward), (B, N) each; zero where nobody is."""
         rows = len(valid_BN)
         pad = max(1, 4 - rows)  # see Outcome.predict
-        given = (past_BKChw, before_BNS, after_BChw, after_BNS, actions_BN, valid_BN)
+        given = [past_BKChw, before_BNS, after_BChw, after_BNS, actions_BN, valid_BN]
+        given += [] if game_B is None else [game_B]
         out = self(*(torch.cat([x, torch.zeros_like(x[:1]).expand(pad, *x.shape[1:])])
                      for x in given))[:rows]
         rewards = out[..., 1].mean(1) * self.reward_scale
@@ -119,22 +133,25 @@ class LearnedPartyOutcome(Learned):
 
     @torch.no_grad()
     def __call__(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
-                 after_BNS: Tensor, actions_BN: Tensor,
-                 valid_BN: Tensor) -> tuple[Tensor, Tensor]:
+                 after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor,
+                 game_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(end chance (B, N) in [0, 1], reward (B, N))."""
         chance, reward = self.model.predict(past_BKChw[:, -self.frames:], before_BNS, after_BChw,
-                                            after_BNS, actions_BN, valid_BN)
+                                            after_BNS, actions_BN, valid_BN, game_B)
         return (chance * self.end_scale).clamp(0, 1), reward
 
 
 def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[str, Tensor],
-                       scale: Tensor) -> tuple[Tensor, dict[str, float]]:
+                       scale: Tensor, power_G: Tensor | None = None
+                       ) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of the ends and squared error of the rewards over all steps of the clips.
 
     ``batch``: as for ``party_loss`` (see there), with ``rewards_BFN`` and ``ended_BFN`` (the player
     ended in this frame or before); a player that has ended before counts no more. ``likely_B``, if
     there (see ``PartySampler``), weighs them all: heads that saw events twice as often as they
-    happen would pay twice as often for what looks alike.
+    happen would pay twice as often for what looks alike. ``power_G``, if given: mean square of the
+    rewards of each game, as they are learned: errors count as shares of it, so that a game that
+    seldom pays is learned like one that always does.
     """
     latents, valid = batch["latents_BFChw"].float(), batch["valid_BN"].bool()
     states = torch.where(valid[:, None, :, None], batch["states_BFNS"].float(), 0)
@@ -152,16 +169,25 @@ def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[st
         return x[:, 1:].flatten(0, 1)
 
     out = model(past, states[:, :-1].flatten(0, 1), after(latents), after(states), after(actions),
-                valid.repeat_interleave(f - 1, 0))
+                valid.repeat_interleave(f - 1, 0),
+                batch["game_B"].long().repeat_interleave(f - 1) if cfg.games > 1 else None)
     counts = there.flatten(0, 1)[:, None].expand(-1, out.shape[1], -1)
     end, reward = (after(x).float()[:, None].expand(counts.shape)
                    for x in (ended, torch.nan_to_num(batch["rewards_BFN"])))
     if cfg.squash:
-        reward = reward.sign() * reward.abs().log1p()
+        reward = squashed(reward)
     bce = F.binary_cross_entropy_with_logits(out[..., 0], end, reduction="none")
     even = torch.ones(b) if "likely_B" not in batch else batch["likely_B"]
     even = counts * even.to(latents).repeat_interleave(f - 1)[:, None, None]
     total = even.sum().clamp_min(1e-6)
     bce = (bce * even).sum() / total
-    squared = (((out[..., 1] - reward / scale) ** 2) * even).sum() / total
-    return bce + squared, {"end_bce": float(bce.detach()), "reward_mse": float(squared.detach())}
+    squared = ((out[..., 1] - reward / scale) ** 2) * even
+    told = {"end_bce": float(bce.detach()), "reward_mse": float(squared.detach().sum() / total)}
+    if power_G is not None:
+        squared = squared / power_G[batch["game_B"].long()].repeat_interleave(f - 1)[:, None, None]
+    return bce + squared.sum() / total, told
+
+
+def squashed(reward: Tensor) -> Tensor:
+    """sign(r) log(1 + |r|)."""
+    return reward.sign() * reward.abs().log1p()

@@ -285,7 +285,8 @@ class PartyWorld(World):
         if self.outcome is not None:
             states = extra["subjects"]
             chance, reward = self.outcome(state.history_BKChw, states[:, -2], latents_BFChw[:, -1],
-                                          states[:, -1], action_BA.long(), valid)
+                                          states[:, -1], action_BA.long(), valid,
+                                          state.extra["game"])
         plays = valid & ~was
         chance_BN = torch.where(plays, chance, 0).double().cpu().numpy()
         reward_BN = torch.where(plays, reward, 0).cpu().numpy()

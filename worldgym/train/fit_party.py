@@ -28,7 +28,7 @@ from worldgym.models.codec import CodecConfig
 from worldgym.models.party import nano_config
 from worldgym.models.party_loss import PartyLossConfig, batch_of, party_loss
 from worldgym.models.party_nano import PartyNano, PartyNanoConfig
-from worldgym.models.party_outcome import party_outcome_loss
+from worldgym.models.party_outcome import party_outcome_loss, squashed
 from worldgym.train.distributed import Group
 from worldgym.train.fit_party_config import ABLATIONS, FitPartyConfig
 from worldgym.train.metrics_party import measure_party, recorded_states
@@ -37,6 +37,7 @@ from worldgym.train.stages import CODEC_BATCH, Stages
 
 OUTCOME_BATCH = 128  # transitions
 SHORT = 8  # one in so many iterations on single frames sees only one frame before them
+LEAST_POWER = 1e-3  # of rewards: games that pay less are not learned as if they paid this much
 EVENTFUL = 0.5  # of these: share that pays or ends a player
 SOON = 3  # rows before what happens that are drawn with it where the dynamics train
 # root mean square step of latents, of positions, and of facing and alive, over thirteen games
@@ -92,7 +93,10 @@ class FitParty(Stages):
             weights[name] = torch.nn.functional.pad(
                 weights[name], (0, 0) * 3 + (0, old.wan.in_dim - weights[name].shape[1]))
         started = party_nano.fresh(config, cfg.seed)
-        started.load_state_dict(started.state_dict() | weights)
+        mine = started.state_dict()
+        # heads that knew no games: what is added for each of them begins at nothing
+        mine |= {k: torch.zeros_like(v) for k, v in mine.items() if k.endswith(".games.weight")}
+        started.load_state_dict(mine | weights)
         return started.eval()
 
     def _config(self) -> PartyNanoConfig:
@@ -105,7 +109,7 @@ class FitParty(Stages):
         actions = int(first.action.sizes[0])
         return PartyNanoConfig(
             name=cfg.name or Path(cfg.out).resolve().name, codec=codec, games=tuple(self.stores),
-            cells=tuple(cells), snap=True, fps=first.fps, steps=cfg.steps, outcome_squash=True,
+            cells=tuple(cells), snap=True, fps=first.fps, steps=cfg.steps, outcome_squash=True, outcome_games=True,
             temperature=cfg.temperature,
             reward_range=self._reward_range(),
             dynamics=nano_config(codec.latent_chw, len(self.stores), cfg.width, cfg.layers,
@@ -295,6 +299,7 @@ class FitParty(Stages):
         cfg, group, head = self.cfg, self.group, self.nano.outcome
         sampler = self._sampler(head.cfg.frames + 1, OUTCOME_BATCH, EVENTFUL)
         head.reward_scale.fill_(1.0)
+        power = torch.tensor([self._power(game) for game in self.stores], device=group.device)
 
         def loss(model, data, generator):
             batch = self._batch(data)
@@ -302,14 +307,21 @@ class FitParty(Stages):
                                 generator=generator)
             level = 0.2 * torch.rand(OUTCOME_BATCH, 1, 1, 1, 1, generator=generator)
             batch["latents_BFChw"] += (level * noise)[group.rows(OUTCOME_BATCH)].to(group.device)
-            return party_outcome_loss(model, head.cfg, batch, head.reward_scale)
+            return party_outcome_loss(model, head.cfg, batch, head.reward_scale, power)
 
         loop = self.loop("outcome", iterations,
                          {"latents": self.latent_tag, "head": json.dumps(asdict(head.cfg)),
+                          "power": power.tolist(),
                           "eventful": EVENTFUL, "balance": cfg.balance},
                          lr=1e-3, decay=0.5, weight_decay=0.1)
         loop.run(sampler, loss, cfg.tensorboard)
         self.finish(loop)
+
+    def _power(self, game: str) -> float:
+        """Mean square of a game's rewards of a player's step, as they are learned."""
+        store, rows = self.stores[game], self.rows[game]
+        paid = torch.from_numpy(store.take("rewards", rows)[store.take("info_valid", rows)])
+        return max(LEAST_POWER, float(squashed(torch.nan_to_num(paid)).square().mean()))
 
     def _snapshot(self, folder: Path) -> Path:
         """Write the world that the checkpoints make now."""
