@@ -156,6 +156,22 @@ def test_a_player_keeps_its_looks(codec, walks):
                 *(torch.cat([x.flip(1), torch.full_like(x, -1), x]) for x in at))
     assert torch.equal(many[0], after[0]) and torch.equal(many[1], wrong[0])
     assert torch.equal(many[2], after[0])
+    # each has one colour, which it keeps even where the other's is drawn
+    looks = book.looks(before, game, at[0])
+    assert sorted(looks[0].tolist()) == [0, 1]
+    assert book.looks(before, game, torch.full_like(at[0], -1)).tolist() == [[-1, -1]]
+    assert book.looks(before.expand(3, -1, -1, -1), torch.zeros(3, dtype=torch.int64), torch.tensor(
+        [[-1, 23], *at[0].tolist(), at[0][0].flip(0).tolist()])).tolist() == [
+            [-1, -1], looks[0].tolist(), looks[0].flip(0).tolist()]
+    taken, there = after.clone(), int(places[apart, 1, 1])
+    for cell, tile in ((here, other), (there, look[apart, 0])):
+        taken[0, :, cell // 6, cell % 6] = book.cells_TC[tile]
+    assert torch.equal(book(taken, before, game, *at), taken)  # nobody knows whose colours
+    assert torch.equal(book(taken, before, game, *at, looks), after)
+    # one that comes back, nobody knows in what colour: not in the other's
+    back = [torch.where(torch.arange(2) == 0, -1, at[0]), at[1]]
+    known = torch.where(torch.arange(2) == 0, -1, looks)
+    assert torch.equal(book(taken, before, game, *back, known), after)
     # two told to be in one place: either, in no order
     both = at[0], at[1][:, :1].expand(1, 2)
     swapped = tuple(x.flip(1) for x in both)

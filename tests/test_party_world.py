@@ -21,6 +21,7 @@ from worldgym.errors import (  # noqa: E402
     ShapeError,
 )
 from worldgym.models import nano, party_nano  # noqa: E402
+from worldgym.models.cellbook import standing  # noqa: E402
 from worldgym.models.party_world import snap  # noqa: E402
 from worldgym.noise import normal  # noqa: E402
 from worldgym.state import Starts, WorldState  # noqa: E402
@@ -421,3 +422,32 @@ def test_a_world_draws_its_tiles_only(tmp_path):
     assert torch.equal(again.book.cells_TC, book.cells_TC) and again.book.prior == book.prior
     made.book.cells_TC += 1
     assert made.world().fingerprint != again.fingerprint
+
+
+def test_players_keep_their_looks():
+    """Those that they have when they are last seen before it begins; others once they are."""
+    world = party_nano.tiny(tiles=(12, 20, 5), subjects=dict(facing=True))
+    some, book = starts(world, 4, frames=2), world.book
+    some = replace(some, length_B=np.array([2, 2, 2, 1]), null_BK=np.arange(2) < np.array(
+        [[0], [0], [0], [1]]))
+    some.subjects_BKNS[..., 6] = 1.0
+    some.subjects_BKNS[:, 1, 0, 6] = -1.0  # just left the map
+    some.subjects_BKNS[:, :, 1, 6] = -1.0  # never on it
+    valid = torch.from_numpy(np.asarray(some.valid_BN))
+    game = torch.from_numpy(np.asarray(some.game_B))
+    seen = [book.looks(some.latents_BKChw[:, k].float(), game, standing(
+        some.subjects_BKNS[:, k], valid, world.spec.latent_chw[1:])) for k in range(2)]
+    seen[0][3] = -1  # begins with its second frame
+    state = world.begin(some, range(4))
+    look = state.extra["look"]
+    assert (look[:, 1] == -1).all() and (look >= 0).any()
+    assert torch.equal(look[:, 0], seen[0][:, 0])
+    assert torch.equal(look[:, 2:], torch.where(seen[1] >= 0, seen[1], seen[0])[:, 2:])
+    for number in range(6):
+        state, chunk = world.step(state, moves(world, 4, number))
+        at = standing(state.extra["subjects"][:, -1], valid, world.spec.latent_chw[1:])
+        shown = book.looks(chunk.latents_BFChw[:, 0], game, at)
+        kept = look >= 0
+        assert torch.equal(state.extra["look"][kept], look[kept])
+        assert torch.equal(state.extra["look"][~kept], shown[~kept])
+        look = state.extra["look"]

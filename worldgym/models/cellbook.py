@@ -20,6 +20,8 @@ from worldgym.errors import ConfigError
 from worldgym.models.codec import Codec
 
 MOST = 20_000  # tiles of a game; more are no game of tiles
+SURE = 1000  # showings of a tile
+STRAY = 0.02  # of a tile's showings by players: where a recording's positions are a frame off
 
 
 class CellBook(nn.Module):
@@ -28,18 +30,22 @@ class CellBook(nn.Module):
 
     ``forward`` gives each cell the tile t that maximises prior * log p(t | tile before) -
     |cell - t|^2: for Gaussian errors of the drawing with variance prior / 2, the likeliest one.
-    p: how often t followed that tile in recordings, with one more case, of any tile that ever came;
+    p: how often t followed that tile in recordings, with one more case, of any tile that ever came
+    (in a place whose tile was seen ``SURE`` times and more, what never followed never does);
     where a player is told to be, the tile before is the one in the place that it came from. So a
     player is shown where one is told to be and nowhere else: a figure that nobody plays would stay
-    and, seen by the next drawing, bring others.
+    and, seen by the next drawing, bring others. And it is shown in its own looks, where tiles tell
+    the players of a recording apart: players that once took each other's colours never change back.
 
     Args:
         channels: C. tiles: T of all games together. pairs: different ones of all games that
-            followed each other in one place without a player, and in those of one player. games: G. prior: see
-            above, in squared units of the latents; 0: the nearest.
+            followed each other in one place without a player, and in those of one player.
+            games: G. prior: see above, in squared units of the latents; 0: the nearest.
     """
 
     cells_TC: Tensor
+    looks_T: Tensor
+    walls_T: Tensor
     pairs_M3: Tensor
     moves_M3: Tensor
     ends_G3: Tensor
@@ -49,6 +55,10 @@ class CellBook(nn.Module):
         super().__init__()
         self.prior = prior
         self.register_buffer("cells_TC", torch.zeros(tiles, channels))
+        # the one player that shows a tile in its game's recordings; -1: several, or none
+        self.register_buffer("looks_T", torch.full((tiles,), -1, dtype=torch.int16))
+        # tiles that recordings show often and that no player ever came to
+        self.register_buffer("walls_T", torch.zeros(tiles, dtype=torch.bool))
         # tile before and after, counted within the game, and how often: in a place, of a player
         # (which was not on the map before: as many as the game has tiles)
         self.register_buffer("pairs_M3", torch.zeros(pairs[0], 3, dtype=torch.int32))
@@ -82,7 +92,8 @@ class CellBook(nn.Module):
             seen = count.sum(0)
             seen += ~seen.any()  # nothing recorded at all: any tile
             came = (seen - (0 if moved else count.diagonal()) + 0.5) * (seen > 0)
-            count += came / came.sum()
+            more = moved | (count.sum(1, keepdim=True) < SURE)
+            count += more * came / came.sum()
             self._logs[key] = (count / count.sum(1, keepdim=True)).log()
         return self._logs[key]
 
@@ -91,40 +102,89 @@ class CellBook(nn.Module):
                      int(self.ends_G3[game, which]))
 
     @torch.no_grad()
+    def looks(self, latents_BChw: Tensor, game_B: Tensor, at_BN: Tensor) -> Tensor:
+        """Whose looks every player (B, N) has in these frames, int64; -1: it is not on the map, or
+        what is shown there tells nobody apart. ``at_BN``: their cells (see ``standing``)."""
+        return self._there(self.looks_T.long(), latents_BChw, game_B, at_BN)
+
+    @torch.no_grad()
+    def blocked(self, latents_BChw: Tensor, game_B: Tensor, at_BN: Tensor) -> Tensor:
+        """Whether a wall is where a player (B, N) is told to be next, bool."""
+        return self._there(self.walls_T.long(), latents_BChw, game_B, at_BN) > 0
+
+    def _there(self, told_T: Tensor, latents_BChw: Tensor, game_B: Tensor, at_BN: Tensor) -> Tensor:
+        """What is told of the tiles where players are (B, N); -1: nothing."""
+        out = torch.full_like(at_BN, -1)
+        for game in game_B.unique().tolist():
+            told, rows = told_T[self._part(game, 0)], game_B == game
+            if len(told):  # products of whole frames: a row's bits do not depend on the others
+                shown = told[self._near(_cells(latents_BChw[rows]), game).argmax(1)]
+                there = shown.view(int(rows.sum()), -1).gather(1, at_BN[rows].clamp(min=0))
+                out[rows] = torch.where(at_BN[rows] >= 0, there, -1)
+        return out
+
+    def _near(self, cells_PC: Tensor, game: int) -> Tensor:
+        """-|cell - tile|^2 of every tile of a game (P, tiles), but for a number per cell."""
+        tiles = self.tiles(game)
+        return F.linear(cells_PC, 2 * tiles, -tiles.square().sum(1))
+
+    @torch.no_grad()
     def forward(self, latents_BChw: Tensor, before_BChw: Tensor, game_B: Tensor,
-                from_BN: Tensor, to_BN: Tensor) -> Tensor:
+                from_BN: Tensor, to_BN: Tensor, look_BN: Tensor | None = None) -> Tensor:
         """Each cell a recorded tile of its slot's game.
 
         Args:
             latents_BChw, before_BChw: this frame and the one before. game_B: games of the slots.
             from_BN, to_BN: cell of every player before and now (see ``standing``).
+            look_BN: whose looks every player has (see ``looks``; None: nobody knows).
         """
+        look_BN = torch.full_like(to_BN, -1) if look_BN is None else look_BN
         out = latents_BChw.clone()
         for game in game_B.unique().tolist():
             tiles = self.tiles(game)
             if not len(tiles):
                 continue
             rows = game_B == game
-            mine, twice, size = latents_BChw[rows], 2 * tiles, tiles.square().sum(1)
-            score = F.linear(_cells(mine), twice, -size)
+            mine = latents_BChw[rows]
+            score = self._near(_cells(mine), game)
             if self.prior:
-                was = F.linear(_cells(before_BChw[rows]), twice, -size).argmax(1)
-                score += self.prior * self._likely(game, was, from_BN[rows], to_BN[rows])
+                was = self._near(_cells(before_BChw[rows]), game).argmax(1)
+                told = from_BN[rows], to_BN[rows], look_BN[rows]
+                score = self._likeliest(game, score, was, *told)
             b, c, h, w = mine.shape
             drawn = tiles[score.argmax(1)].view(b, h * w, c).transpose(1, 2)
             out[rows] = drawn.reshape(b, c, h, w)
         return out
 
-    def _likely(self, game: int, was: Tensor, from_BN: Tensor, to_BN: Tensor) -> Tensor:
-        """log p of every tile (cells, tiles); ``was``: the tiles before (cells)."""
-        log, count = self.chances(game)[was], len(was) // len(from_BN)
+    def _likeliest(self, game: int, near: Tensor, was: Tensor, from_BN: Tensor, to_BN: Tensor,
+                   look_BN: Tensor) -> Tensor:
+        """``near`` (cells, tiles) and what the tiles before (cells) and the players make likely."""
+        count, moves = len(was) // len(from_BN), self.chances(game, moved=True)
         slot, player = (to_BN >= 0).nonzero(as_tuple=True)
         before, now = (slot * count + x[slot, player] for x in (from_BN, to_BN))
-        moves = self.chances(game, moved=True)
-        likely = moves[torch.where(from_BN[slot, player] >= 0, was[before], len(moves) - 1)]
-        log[now] = -torch.inf
+        row = torch.where(from_BN[slot, player] >= 0, was[before], len(moves) - 1)
+        player_XT = near[now] + self.prior * moves[row]
+        own, anyone = self._own(game, look_BN)[slot, player], self.looks_T[self._part(game, 0)] < 0
+        # looks like another player: not even what hides every player alike, which may be nearer
+        other = ~(own | anyone).gather(1, player_XT.argmax(1, keepdim=True))
+        own = torch.where(other & (own & (player_XT > -torch.inf)).any(1, keepdim=True), own,
+                          own | anyone)
+        player_XT = torch.where(own, player_XT, -torch.inf)
+        score = near + self.prior * self.chances(game)[was]
+        score[now] = -torch.inf
         # two told to be in one place: either of them, in no order
-        return log.scatter_reduce(0, now[:, None].expand_as(likely), likely, "amax")
+        return score.scatter_reduce(0, now[:, None].expand_as(player_XT), player_XT, "amax")
+
+    def _own(self, game: int, look_BN: Tensor) -> Tensor:
+        """Which tiles (B, N, tiles) are of a player's looks alone; where its looks are not known,
+        of those that are no other player's."""
+        looks = self.looks_T[self._part(game, 0)].long() + 1  # 0: nobody's
+        many = int(max(looks.max(), look_BN.max() + 1)) + 1
+        its = F.one_hot(look_BN + 1, many).bool()
+        free = ~its.any(1, keepdim=True)
+        own = torch.where(look_BN[..., None] < 0, free, its)
+        own[..., 0] = False
+        return own[..., looks]
 
     @classmethod
     def of(cls, codec: Codec, pairs: Sequence[np.ndarray], places: Sequence[np.ndarray],
@@ -149,6 +209,12 @@ class CellBook(nn.Module):
         made = cls(codec.cfg.channels, sum(len(t) for t, _ in found),
                    (sum(map(len, pair)), sum(map(len, move))), len(found), prior)
         made.cells_TC.copy_(torch.cat([_encoded(codec, tiles) for tiles, _ in found]))
+        made.looks_T.copy_(torch.from_numpy(np.concatenate([
+            _looks(number, at, len(tiles)) for (tiles, number), at in zip(
+                found, places, strict=True)])))
+        made.walls_T.copy_(torch.from_numpy(np.concatenate([
+            _walls(number, at, len(tiles)) for (tiles, number), at in zip(
+                found, places, strict=True)])))
         made.pairs_M3.copy_(torch.from_numpy(np.concatenate(pair)))
         made.moves_M3.copy_(torch.from_numpy(np.concatenate(move)))
         sizes = [(len(tiles), len(one), len(other)) for (tiles, _), one, other in zip(
@@ -187,6 +253,23 @@ def _moved(number_R2P: np.ndarray, places_R2N: np.ndarray) -> np.ndarray:
     was, now = (number_R2P[row, i, places_R2N[row, i, player]] for i in range(2))
     was = np.where(places_R2N[row, 0, player] >= 0, was, number_R2P.max() + 1)
     return np.stack([was, now], 1)
+
+
+def _looks(number_R2P: np.ndarray, places_R2N: np.ndarray, tiles: int) -> np.ndarray:
+    """The player (tiles,) that alone shows a tile, but for ``STRAY`` of the times; -1: none."""
+    row, frame, player = np.nonzero(places_R2N >= 0)
+    count = np.zeros((tiles, places_R2N.shape[2]), np.int64)
+    np.add.at(count, (number_R2P[row, frame, places_R2N[row, frame, player]], player), 1)
+    alone = count.max(1) > (1 - STRAY) * count.sum(1)
+    return np.where(alone, count.argmax(1), -1)
+
+
+def _walls(number_R2P: np.ndarray, places_R2N: np.ndarray, tiles: int) -> np.ndarray:
+    """Tiles (tiles,) shown ``SURE`` times that no player came to, bool."""
+    row, player = np.nonzero(places_R2N[:, 1] >= 0)
+    entered = np.zeros(tiles, bool)
+    entered[number_R2P[row, 0, places_R2N[row, 1, player]]] = True
+    return ~entered & (np.bincount(number_R2P[:, 0].ravel(), minlength=tiles) >= SURE)
 
 
 def standing(states_BNS: Tensor, valid_BN: Tensor, grid_hw: tuple[int, int]) -> Tensor:

@@ -164,6 +164,7 @@ def tiny(seed: int = 0, lively: bool = True, games: int = 2, slots: int = 4,
             reader.last.bias.data.fill_(-3.0)  # type: ignore[union-attr, operator]
         if made.book is not None:
             nn.init.normal_(made.book.cells_TC, generator=generator)
+            made.book.looks_T.copy_(torch.arange(len(made.book)) % (slots + 1) - 1)
             pairs = made.book.pairs_M3, made.book.moves_M3
             sizes = torch.tensor([len(made.book), *map(len, pairs)]) // games
             made.book.ends_G3.copy_(torch.arange(1, games + 1)[:, None] * sizes)

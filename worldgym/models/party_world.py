@@ -65,7 +65,8 @@ class PartyWorld(World):
         cells_G4: per game (offset x, offset y, width, height) of its first cell, over the frame's
             two units from its top left corner: positions snap to cell centres before they are
             kept (facing and alive to what they mean). None = they are kept as drawn.
-        book: drawn cells are replaced by its tiles. None = they are kept as drawn.
+        book: drawn cells are replaced by its tiles, and nobody goes where it knows a wall. None =
+            they are kept as drawn.
         outcome: a ``LearnedPartyOutcome``, or None.
 
     All further arguments: see ``World``.
@@ -101,6 +102,8 @@ class PartyWorld(World):
             "controls": ((self.history, sub.slots), torch.int64),
             "valid": ((sub.slots,), torch.bool), "ended": ((sub.slots,), torch.bool),
             "game": ((), torch.int64)}
+        if book is not None:  # whose looks every player has, -1: not known yet
+            self.extra["look"] = (sub.slots,), torch.int64
         with torch.no_grad():
             texts = texts_GLD.to(self.device, torch.float32)
             self.text_kv = dynamics.dit.text(texts) if dynamics.cfg.wan.text_len else None
@@ -186,8 +189,17 @@ class PartyWorld(World):
                      reach_BK: np.ndarray) -> dict[str, Tensor]:
         states, valid, game = self._subjects(starts)
         where = tuple(torch.from_numpy(i).to(self.device) for i in (rows_B1, reach_BK))
-        return {"subjects": states[where], "controls": features_BKA[where].long(),
-                "valid": valid, "ended": torch.zeros_like(valid), "game": game}
+        extra = {"subjects": states[where], "controls": features_BKA[where].long(),
+                 "valid": valid, "ended": torch.zeros_like(valid), "game": game}
+        if self.book is not None:
+            extra["look"] = torch.full_like(valid, -1, dtype=torch.int64)
+            frames = starts.latents_BKChw.to(self.device)
+            there = torch.from_numpy(np.asarray(starts.length_B)).to(self.device)[:, None]
+            for i in range(k := frames.shape[1]):  # who is off the map now was on it before
+                at = standing(states[:, i], valid & (there >= k - i), self.spec.latent_chw[1:])
+                look = self.book.looks(frames[:, i], game, at)
+                extra["look"] = torch.where(look >= 0, look, extra["look"])
+        return extra
 
     def _remember(self, latents_BKChw: Tensor, features_BKA: Tensor, length_B: np.ndarray,
                   starts: Starts, extra: dict[str, Tensor]) -> Tables:
@@ -267,13 +279,18 @@ class PartyWorld(World):
         if self.cells_G4 is not None:
             states = snap(states, self.cells_G4[state.extra["game"]])
         states = torch.where(state.extra["valid"][..., None], states, 0)
-        drawn = video[:, :1].contiguous()
+        drawn, extra = video[:, :1].contiguous(), dict(state.extra)
         if self.book is not None:
-            places = [standing(x, state.extra["valid"], self.spec.latent_chw[1:])
-                      for x in (state.extra["subjects"][:, -1], states)]
-            drawn = self.book(drawn[:, 0], state.history_BKChw[:, -1], state.extra["game"],
-                              *places)[:, None]
-        return drawn, state.extra | {
+            game, look, was = extra["game"], extra["look"], state.history_BKChw[:, -1]
+            grid, earlier = self.spec.latent_chw[1:], extra["subjects"][:, -1]
+            from_BN, to_BN = (standing(x, extra["valid"], grid) for x in (earlier, states))
+            stays = (from_BN >= 0) & self.book.blocked(was, game, to_BN)
+            states[..., :2] = torch.where(stays[..., None], earlier[..., :2], states[..., :2])
+            to_BN = torch.where(stays, from_BN, to_BN)
+            drawn = self.book(drawn[:, 0], was, game, from_BN, to_BN, look)[:, None]
+            extra["look"] = torch.where(look >= 0, look,
+                                        self.book.looks(drawn[:, 0], game, to_BN))
+        return drawn, extra | {
             "subjects": torch.cat([state.extra["subjects"][:, 1:], states[:, None]], 1),
             "controls": torch.cat([state.extra["controls"][:, 1:], action_BA.long()[:, None]], 1)}
 
