@@ -327,6 +327,68 @@ def test_trained_as_it_is_played():
         assert torch.allclose(model(*given), trained, atol=1e-5)
 
 
+def test_heads_tell_games_apart_by_their_number():
+    """The same pictures pay in one game and cost in the other."""
+    cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=24, hidden=32,
+                             members=1, games=2)
+    model = PartyOutcome(cfg)
+    for i, p in enumerate(model.parameters()):
+        if p.ndim > 1:
+            torch.nn.init.xavier_uniform_(p, generator=generator(i))
+
+    def data(rows, seed):
+        made = outcome_batch(rows, seed, cfg)
+        made["game_B"] = torch.arange(rows) % 2
+        made["rewards_BFN"] = made["rewards_BFN"] * (1 - 2 * made["game_B"])[:, None, None]
+        return made
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
+    for i in range(300):
+        optimizer.zero_grad()
+        loss, _ = party_outcome_loss(model, cfg, data(48, i), torch.ones(()))
+        loss.backward()
+        optimizer.step()
+    new = data(400, 10_000)
+    given = [new["latents_BFChw"][:, :1], new["states_BFNS"][:, 0], new["latents_BFChw"][:, 1],
+             new["states_BFNS"][:, 1], new["actions_BFN"][:, 1], new["valid_BN"]]
+    heads, truth = LearnedPartyOutcome(model), new["rewards_BFN"][:, 1]
+    _, reward = heads(*given, new["game_B"])
+    assert reward[truth == 1].mean() > 0.7 and reward[truth == -1].mean() < -0.7
+    _, other = heads(*given, 1 - new["game_B"])
+    assert other[truth == 1].mean() < -0.5
+    _, part = heads(*(x[5:7] for x in given), new["game_B"][5:7])
+    assert torch.equal(part, reward[5:7])
+    with pytest.raises(ConfigError, match="numbers of the games"):
+        heads(*given)
+
+
+def test_heads_that_knew_no_games_go_on():
+    """What is added for a game begins at nothing: the same numbers as before."""
+    cfg = PartyOutcomeConfig(latent_chw=(3, 4, 6), channels=2, actions=5, width=8, hidden=8)
+    old, new = PartyOutcome(cfg), PartyOutcome(replace(cfg, games=3))
+    missing, unknown = new.load_state_dict(old.state_dict(), strict=False)
+    assert not unknown and missing and all(k.endswith(".games.weight") for k in missing)
+    g = generator(3)
+    given = (torch.randn(5, 1, 3, 4, 6, generator=g), torch.rand(5, 2, 2, generator=g),
+             torch.randn(5, 3, 4, 6, generator=g), torch.rand(5, 2, 2, generator=g),
+             torch.tensor([[0, 4]] * 5), torch.ones(5, 2, dtype=torch.bool))
+    with torch.no_grad():
+        assert torch.equal(new(*given, torch.tensor([0, 1, 2, 0, 1])), old(*given))
+
+
+def test_errors_count_as_shares_of_what_a_game_pays():
+    cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=8, hidden=8)
+    model, data = PartyOutcome(cfg), outcome_batch(32, 0, cfg)
+    power = torch.tensor([4.0, 0.5])
+    for game in range(2):
+        data["game_B"] = torch.full((32,), game)
+        plain, told = party_outcome_loss(model, cfg, data, torch.ones(()))
+        weighed, same = party_outcome_loss(model, cfg, data, torch.ones(()), power)
+        assert same == told
+        assert weighed.item() == pytest.approx(
+            plain.item() + told["reward_mse"] * (1 / float(power[game]) - 1), rel=1e-4)
+
+
 def test_places_are_bilinear():
     at = places(torch.tensor([[[[-0.75, -0.75], [0.5, 0.0], [1.0, 1.0]]]]), (2, 4))[0, 0]
     assert at.sum(1).tolist() == pytest.approx([1, 1, 1])

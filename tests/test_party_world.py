@@ -153,9 +153,11 @@ def test_nothing_leaks_and_cost_does_not_grow(world):
     assert pages_used(world) == used
 
 
-def test_permuting_players_permutes_the_states_and_leaves_the_video(monkeypatch):
+@pytest.mark.parametrize("kind", [{}, {"tiles": (12, 20, 5)}], ids=["as drawn", "tiles"])
+def test_permuting_players_permutes_the_states_and_leaves_the_video(monkeypatch, kind):
     """The engine's own steps, with the players' noise permuted as they are."""
-    world = party_nano.tiny(subjects=dict(octaves=1))  # octaves magnify rounding, 2 per octave
+    # octaves magnify rounding, 2 per octave
+    world = party_nano.tiny(subjects=dict(octaves=1), **kind)
     order, n = np.array([2, 0, 3, 1]), 4
     some = starts(world, 3, frames=2)
     size = int(np.prod(world.spec.latent_chw))

@@ -138,7 +138,8 @@ def test_a_game_of_tiles_takes_little_room_and_comes_back_to_the_bit(tmp_path):
     _, header = checkpoint.load_tensors(plain.save(tmp_path / "plain.safetensors"))
     assert header["format"] == 1
     for change, words in (
-            (lambda t: t.pop("cells.rows"), "cells"), (lambda t: t.pop("squares.values"), "squares"),
+            (lambda t: t.pop("cells.rows"), "cells"),
+            (lambda t: t.pop("squares.values"), "squares"),
             (lambda t: t["cells.rows"].fill_(5), "cells"),
             (lambda t: t["subjects.rows"].fill_(-1), "subjects"),
             (lambda t: t.update({"cells.rows": t["cells.rows"].long()}), "cells"),

@@ -6,7 +6,7 @@ Shapes: D different vectors, C numbers of a vector, M vectors in all.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def squares(frames_VHWC: Tensor, grid_hw: tuple[int, int]) -> Tensor | None:
+def squares(frames_VHWC: Tensor, grid_hw: Sequence[int]) -> Tensor | None:
     """Frames as squares, one to a cell of the grid: (V, h, w, side * side * channels); None where
     no such squares fill them."""
     v, height, width, c = frames_VHWC.shape

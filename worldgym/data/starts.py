@@ -258,7 +258,7 @@ class StartBank:
             if getattr(self, field) is not None:
                 tensors[name] = torch.from_numpy(np.array(getattr(self, field)))
         some = {"cells": self.latents_UChw.permute(0, 2, 3, 1), "subjects": tensors.get("subjects"),
-                "squares": squares(tensors["frames"], tuple(self.latents_UChw.shape[2:]))}
+                "squares": squares(tensors["frames"], self.latents_UChw.shape[2:])}
         packed = False
         for name, tensor in some.items():
             parts = {} if tensor is None else pack(name, tensor)

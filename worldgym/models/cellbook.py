@@ -204,19 +204,17 @@ class CellBook(nn.Module):
         if most > MOST:
             raise ConfigError("too many different tiles", given=f"{most} in one game",
                               expected=f"at most {MOST}", fix="keep no book of tiles")
-        pair = [_counted(_stayed(number, at)) for (_, number), at in zip(found, places, strict=True)]
-        move = [_counted(_moved(number, at)) for (_, number), at in zip(found, places, strict=True)]
+        each = list(zip(found, places, strict=True))
+        pair = [_counted(_stayed(number, at)) for (_, number), at in each]
+        move = [_counted(_moved(number, at)) for (_, number), at in each]
         made = cls(codec.cfg.channels, sum(len(t) for t, _ in found),
                    (sum(map(len, pair)), sum(map(len, move))), len(found), prior)
         made.cells_TC.copy_(torch.cat([_encoded(codec, tiles) for tiles, _ in found]))
-        made.looks_T.copy_(torch.from_numpy(np.concatenate([
-            _looks(number, at, len(tiles)) for (tiles, number), at in zip(
-                found, places, strict=True)])))
-        made.walls_T.copy_(torch.from_numpy(np.concatenate([
-            _walls(number, at, len(tiles)) for (tiles, number), at in zip(
-                found, places, strict=True)])))
-        made.pairs_M3.copy_(torch.from_numpy(np.concatenate(pair)))
-        made.moves_M3.copy_(torch.from_numpy(np.concatenate(move)))
+        for buffer, parts in (
+                (made.looks_T, [_looks(number, at, len(tiles)) for (tiles, number), at in each]),
+                (made.walls_T, [_walls(number, at, len(tiles)) for (tiles, number), at in each]),
+                (made.pairs_M3, pair), (made.moves_M3, move)):
+            buffer.copy_(torch.from_numpy(np.concatenate(parts)))
         sizes = [(len(tiles), len(one), len(other)) for (tiles, _), one, other in zip(
             found, pair, move, strict=True)]
         made.ends_G3.copy_(torch.tensor(sizes).cumsum(0))

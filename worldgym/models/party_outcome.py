@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldgym.errors import ConfigError
 from worldgym.heads import Learned
 from worldgym.models.outcome import around, linear
 
@@ -101,6 +102,10 @@ class PartyOutcome(nn.Module):
                 game_B: Tensor | None = None) -> Tensor:
         """``before_BNS``, ``after_BNS``: states in the last past frame and in the one after;
         ``game_B``: numbers of the games, where ``cfg.games`` > 1."""
+        if game_B is None and self.cfg.games > 1:
+            raise ConfigError("heads need the numbers of the games", given="nothing",
+                              expected=f"game_B (B,), below {self.cfg.games}",
+                              fix="give the games that the rows play")
         action = F.one_hot(actions_BN, self.cfg.actions + 1).to(past_BKChw)
         both = torch.cat([past_BKChw, after_BChw[:, None]], 1)
         states = torch.stack([before_BNS, after_BNS], 1)

@@ -93,10 +93,10 @@ class FitParty(Stages):
             weights[name] = torch.nn.functional.pad(
                 weights[name], (0, 0) * 3 + (0, old.wan.in_dim - weights[name].shape[1]))
         started = party_nano.fresh(config, cfg.seed)
-        mine = started.state_dict()
+        own = started.state_dict()
         # heads that knew no games: what is added for each of them begins at nothing
-        mine |= {k: torch.zeros_like(v) for k, v in mine.items() if k.endswith(".games.weight")}
-        started.load_state_dict(mine | weights)
+        own |= {k: torch.zeros_like(v) for k, v in own.items() if k.endswith(".games.weight")}
+        started.load_state_dict(own | weights)
         return started.eval()
 
     def _config(self) -> PartyNanoConfig:
@@ -109,8 +109,8 @@ class FitParty(Stages):
         actions = int(first.action.sizes[0])
         return PartyNanoConfig(
             name=cfg.name or Path(cfg.out).resolve().name, codec=codec, games=tuple(self.stores),
-            cells=tuple(cells), snap=True, fps=first.fps, steps=cfg.steps, outcome_squash=True, outcome_games=True,
-            temperature=cfg.temperature,
+            cells=tuple(cells), snap=True, fps=first.fps, steps=cfg.steps,
+            temperature=cfg.temperature, outcome_squash=True, outcome_games=True,
             reward_range=self._reward_range(),
             dynamics=nano_config(codec.latent_chw, len(self.stores), cfg.width, cfg.layers,
                                  recent=cfg.recent,
