@@ -123,6 +123,8 @@ def score_party(task: PartyTask | None, game: str, players: int | None,
     horizon = horizon or (None if task is None else task.horizon)
     if "dream" in where:
         players = PartyCore(task, game, players).players  # type: ignore[arg-type]
+    for policy in policies.values():  # a wrong name is told now, not after an hour of episodes
+        team(policy, players or policy.count("+") + 1, draw)
     scores: Scores = {}
     bar = tqdm(total=len(policies) * len(where) * episodes, unit=" episodes", disable=not progress)
     for name, policy in policies.items():

@@ -379,6 +379,19 @@ def test_a_folder_is_all_it_takes(tmp_path, capsys):
     assert (tmp_path / "r" / "rollout.mp4").exists()
 
 
+def test_wrong_teams_are_told_before_anything_is_played(tmp_path, monkeypatch):
+    played = []
+    monkeypatch.setattr("worldgym.agents.party_score.play_team_real",
+                        lambda *a, **k: played.append(a))
+    with pytest.raises(CheckpointError, match="agent file is missing"):
+        party_score.score_party(None, "coins", None, {"all": "random", "lost": f"{tmp_path}/a.zip"},
+                                2, where=["real"], progress=False)
+    assert not played
+    party_score.score_party(None, "coins", None, {"two": "random+gather"}, 2, where=["real"],
+                            progress=False)
+    assert len(played) == 1
+
+
 # ---------------------------------------------------------------------------- the real game
 
 real = pytest.mark.skipif(not available(), reason="Melting Pot is not installed")
