@@ -202,6 +202,29 @@ def test_whoever_comes_back_is_drawn_and_nobody_else(codec, walks):
     assert torch.equal(got, before)
 
 
+def test_walls_are_what_nobody_came_to(codec, walks, monkeypatch):
+    frames, places = walks
+    walled = frames.copy()
+    walled[:, :, :4, 20:] = 77  # the last cell of the first row, shown 40 times
+    stepped = (places % 24 == 5).any((1, 2))
+    monkeypatch.setattr("worldgym.models.cellbook.SURE", 30)
+    book = CellBook.of(codec, [walled[~stepped]], [places[~stepped]])
+    latents = encoded(codec, walled[~stepped][:2, 0])
+    at = torch.tensor([[5, int(places[~stepped][0, 1, 0])], [-1, 5]])
+    game = torch.zeros(2, dtype=torch.int64)
+    assert book.blocked(latents, game, at).tolist() == [[True, False], [False, True]]
+    assert int(book.walls_T.sum()) == 1
+    monkeypatch.setattr("worldgym.models.cellbook.SURE", 50)  # seen too seldom to be sure
+    assert not CellBook.of(codec, [walled[~stepped]], [places[~stepped]]).walls_T.any()
+
+
+def test_what_never_followed_a_tile_seen_often_never_does(codec, frames, monkeypatch):
+    monkeypatch.setattr("worldgym.models.cellbook.SURE", 10)
+    chance = CellBook.of(codec, frames, nobody(frames)).chances(0).exp()
+    still = int(chance.diagonal().argmax())
+    assert chance[still, still] == 1 and not chance[torch.arange(3) != still, still].any()
+
+
 def test_a_game_recorded_without_players_draws_any_of_its_tiles_for_one(codec, frames):
     book = CellBook.of(codec, frames, nobody(frames))
     latents = encoded(codec, frames[0][:1, 1])

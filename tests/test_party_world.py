@@ -426,6 +426,23 @@ def test_a_world_draws_its_tiles_only(tmp_path):
     assert made.world().fingerprint != again.fingerprint
 
 
+def test_nobody_goes_into_walls():
+    """Where all is wall, all stay; but those that come onto the map."""
+    world = party_nano.tiny(tiles=(12, 20, 5), subjects=dict(facing=True))
+    some = starts(world, 4, frames=2)
+    some.subjects_BKNS[..., 6] = 1.0
+    first, _ = play(world, world.begin(some, range(4)), 1)
+    world.book.walls_T.fill_(True)
+    state = world.begin(some, range(4))
+    valid = state.extra["valid"]
+    was = state.extra["subjects"][:, -1]
+    state, _ = play(world, state, 1)
+    now = state.extra["subjects"][:, -1]
+    alive = valid & (now[..., 6] > 0)
+    assert alive.any() and torch.equal(now[alive][:, :2], was[alive][:, :2])
+    assert not torch.equal(first.extra["subjects"][:, -1][alive][:, :2], was[alive][:, :2])
+
+
 def test_players_keep_their_looks():
     """Those that they have when they are last seen before it begins; others once they are."""
     world = party_nano.tiny(tiles=(12, 20, 5), subjects=dict(facing=True))

@@ -263,10 +263,11 @@ def _looks(number_R2P: np.ndarray, places_R2N: np.ndarray, tiles: int) -> np.nda
 
 
 def _walls(number_R2P: np.ndarray, places_R2N: np.ndarray, tiles: int) -> np.ndarray:
-    """Tiles (tiles,) shown ``SURE`` times that no player came to, bool."""
-    row, player = np.nonzero(places_R2N[:, 1] >= 0)
-    entered = np.zeros(tiles, bool)
-    entered[number_R2P[row, 0, places_R2N[row, 1, player]]] = True
+    """Tiles (tiles,) shown ``SURE`` times, by no player, that no player came to, bool."""
+    row, frame, player = np.nonzero(places_R2N >= 0)
+    at, entered = places_R2N[row, frame, player], np.zeros(tiles, bool)
+    entered[number_R2P[row, frame, at]] = True  # what players show
+    entered[number_R2P[row, 0, at][frame == 1]] = True
     return ~entered & (np.bincount(number_R2P[:, 0].ravel(), minlength=tiles) >= SURE)
 
 
