@@ -25,7 +25,12 @@ def test_files_and_card():
     card = json.loads((FOLDER / "world.json").read_text())
     made = card["provenance"]
     assert set(made["real_steps_used"]) == set(GAMES) and min(made["real_steps_used"].values()) > 0
-    assert "fit-party" in made["command"] and made["training_seconds"]["dynamics"] > 0
+    assert "fit-party" in made["command"]
+    trained = set()  # in this fit, or in those that it went on from
+    while made:
+        trained |= {part for part, seconds in made["training_seconds"].items() if seconds > 0}
+        made = made.get("started_from")
+    assert trained >= {"codec", "dynamics", "outcome"}
     counts = {g: len(GAMES[g].players) for g in GAMES}
     assert len(counts) >= 12 and {max(GAMES[g].players) for g in GAMES} >= {2, 7}
     told = card["metrics"]["pooled"]
