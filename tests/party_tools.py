@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from worldgym.models.party import PartyConfig, PartyDynamics
 from worldgym.models.party_layers import SubjectConfig
 from worldgym.models.wan import WanConfig
+from worldgym.state import Starts
 
 CHW, SLOTS, FRAMES, ACTIONS = (4, 8, 8), 4, 5, 8
 VIDEO = 16  # tokens of a frame: 8 x 8 latents in patches of 2 x 2
@@ -67,3 +69,21 @@ def inputs(batch=2, frames=FRAMES, seed=0, slots=SLOTS, channels=2, absent=1):
 
 def close(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def starts(world, count, seed=0, frames=4):
+    """Random starts of 1 to ``frames`` frames with one to four players in either game."""
+    rng, n = np.random.default_rng(seed), world.spec.subjects
+    shape = (count, frames)
+    valid = rng.random((count, n)) < 0.7
+    valid[np.arange(count), rng.integers(0, n, count)] = True
+    lengths = rng.integers(1, frames + 1, count)
+    return Starts(
+        torch.from_numpy(rng.standard_normal((*shape, *world.spec.latent_chw))).float(),
+        rng.integers(-1, 5, (*shape, n)), np.arange(frames)[None] == frames - lengths[:, None],
+        lengths, torch.from_numpy(rng.uniform(-1, 1, (*shape, n, world.sub.channels))).float(),
+        valid, rng.integers(0, world.games, count))
+
+
+def moves(world, count, seed):
+    return np.random.default_rng(seed).integers(-1, 5, (count, world.spec.subjects))

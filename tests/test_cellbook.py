@@ -1,12 +1,20 @@
 """A book of tiles: what is in it, what it draws, and a world that plays with it."""
 
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from worldgym.errors import ConfigError
-from worldgym.models.cellbook import CellBook, standing, tiles_of
-from worldgym.models.codec import Codec, CodecConfig
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from party_tools import moves, starts  # noqa: E402
+
+from worldgym.errors import ConfigError  # noqa: E402
+from worldgym.models import party_nano  # noqa: E402
+from worldgym.models.cellbook import CellBook, standing, tiles_of  # noqa: E402
+from worldgym.models.codec import Codec, CodecConfig  # noqa: E402
 
 CODEC = CodecConfig(frame_hw=(16, 24), channels=6, width=8, deep_width=16, stem=2, local=True)
 
@@ -265,3 +273,73 @@ def test_a_game_without_tiles_is_drawn_freely():
     book = CellBook(6, 0, (0, 0), 2)
     latents = torch.randn(2, 6, 3, 3)
     assert torch.equal(drawn(book, latents, latents, torch.tensor([0, 1])), latents)
+
+
+# --------------------------------------------------------------------------- a world with one
+
+
+def test_a_world_draws_its_tiles_only(tmp_path):
+    """Every drawn cell is a tile of the slot's own game; tiles are part of what a world is."""
+    world = party_nano.tiny(tiles=(12, 20, 5))
+    some = starts(world, 5)
+    state, book = world.begin(some, range(5)), world.book
+    for step in range(3):
+        state, chunk = world.step(state, moves(world, 5, step))
+    for row, game in zip(chunk.latents_BFChw[:, 0], some.game_B, strict=True):
+        own = book.cells_TC[6 * game:6 * game + 6]
+        assert (row.flatten(1).t()[:, None] == own).all(-1).any(1).all()
+    made = party_nano.fresh(party_nano.PartyNanoConfig(
+        name="tiled", dynamics=world.party.cfg, codec=world.codec.cfg, tiles=(12, 20, 5),
+        games=("game 0", "game 1"), outcome_width=8), 0)
+    made.book.load_state_dict(book.state_dict())
+    party_nano.save(made, tmp_path, {})
+    again = party_nano.load(tmp_path)
+    assert torch.equal(again.book.cells_TC, book.cells_TC) and again.book.prior == book.prior
+    made.book.cells_TC += 1
+    assert made.world().fingerprint != again.fingerprint
+
+
+def test_nobody_goes_into_walls():
+    """Where all is wall, all stay; but those that come onto the map."""
+    world = party_nano.tiny(tiles=(12, 20, 5), subjects=dict(facing=True))
+    some = starts(world, 4, frames=2)
+    some.subjects_BKNS[..., 6] = 1.0
+    first, _ = world.step(world.begin(some, range(4)), moves(world, 4, 0))
+    world.book.walls_T.fill_(True)
+    state = world.begin(some, range(4))
+    valid = state.extra["valid"]
+    was = state.extra["subjects"][:, -1]
+    state, _ = world.step(state, moves(world, 4, 0))
+    now = state.extra["subjects"][:, -1]
+    alive = valid & (now[..., 6] > 0)
+    assert alive.any() and torch.equal(now[alive][:, :2], was[alive][:, :2])
+    assert not torch.equal(first.extra["subjects"][:, -1][alive][:, :2], was[alive][:, :2])
+
+
+def test_players_keep_their_looks():
+    """Those that they have when they are last seen before it begins; others once they are."""
+    world = party_nano.tiny(tiles=(12, 20, 5), subjects=dict(facing=True))
+    some, book = starts(world, 4, frames=2), world.book
+    some = replace(some, length_B=np.array([2, 2, 2, 1]), null_BK=np.arange(2) < np.array(
+        [[0], [0], [0], [1]]))
+    some.subjects_BKNS[..., 6] = 1.0
+    some.subjects_BKNS[:, 1, 0, 6] = -1.0  # just left the map
+    some.subjects_BKNS[:, :, 1, 6] = -1.0  # never on it
+    valid = torch.from_numpy(np.asarray(some.valid_BN))
+    game = torch.from_numpy(np.asarray(some.game_B))
+    seen = [book.looks(some.latents_BKChw[:, k].float(), game, standing(
+        some.subjects_BKNS[:, k], valid, world.spec.latent_chw[1:])) for k in range(2)]
+    seen[0][3] = -1  # begins with its second frame
+    state = world.begin(some, range(4))
+    look = state.extra["look"]
+    assert (look[:, 1] == -1).all() and (look >= 0).any()
+    assert torch.equal(look[:, 0], seen[0][:, 0])
+    assert torch.equal(look[:, 2:], torch.where(seen[1] >= 0, seen[1], seen[0])[:, 2:])
+    for number in range(6):
+        state, chunk = world.step(state, moves(world, 4, number))
+        at = standing(state.extra["subjects"][:, -1], valid, world.spec.latent_chw[1:])
+        shown = book.looks(chunk.latents_BFChw[:, 0], game, at)
+        kept = look >= 0
+        assert torch.equal(state.extra["look"][kept], look[kept])
+        assert torch.equal(state.extra["look"][~kept], shown[~kept])
+        look = state.extra["look"]
