@@ -22,10 +22,10 @@ def pack(name: str, array: Tensor) -> dict[str, Tensor]:
     """``array`` (..., C) as ``name.values`` (D, C) and ``name.rows`` (...) int16; or as it is,
     under its own name, where that would not halve its room."""
     flat = array.contiguous().flatten(0, -2).numpy()
-    whole = np.ascontiguousarray(flat).view(np.dtype((np.void, flat.itemsize * flat.shape[1])))
-    few = whole[:: max(1, len(whole) // MOST)]  # look at some first: sorting all of them takes long
+    vectors = np.ascontiguousarray(flat).view(np.dtype((np.void, flat.itemsize * flat.shape[1])))
+    few = vectors[:: max(1, len(vectors) // MOST)]  # some first: sorting all of them takes long
     if len(few) and len(np.unique(few)) * 2 <= len(few):
-        _, first, number = np.unique(whole[:, 0], return_index=True, return_inverse=True)
+        _, first, number = np.unique(vectors[:, 0], return_index=True, return_inverse=True)
         values, rows = flat[first], number.astype(np.int16)
         if len(values) <= MOST and 2 * (values.nbytes + rows.nbytes) <= flat.nbytes:
             return {name + VALUES: torch.from_numpy(values.copy()),

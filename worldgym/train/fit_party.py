@@ -36,9 +36,9 @@ from worldgym.train.provenance import command, machine, started_from
 from worldgym.train.stages import CODEC_BATCH, Stages
 
 OUTCOME_BATCH = 128  # transitions
-SHORT = 8  # one in so many iterations on single frames sees only one frame before them
-LEAST_POWER = 1e-3  # of rewards: games that pay less are not learned as if they paid this much
 EVENTFUL = 0.5  # of these: share that pays or ends a player
+LEAST_POWER = 1e-3  # mean square of rewards: games that pay less count as if they paid this much
+SHORT = 8  # one in so many iterations on single frames sees only one frame before them
 SOON = 3  # rows before what happens that are drawn with it where the dynamics train
 # root mean square step of latents, of positions, and of facing and alive, over thirteen games
 SKIP = (0.6, 0.11, 0.7)
