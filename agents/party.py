@@ -207,7 +207,10 @@ class Chase(Gather):
 
 
 class Work(Wander):
-    """Goes to the map's work places in the game's order, faces each and interacts."""
+    """Goes to the map's work places in the game's order, faces each and interacts.
+
+    Where some of them show what pays (ore), it goes to those, and works there until it is gone.
+    """
 
     name = "work"
 
@@ -216,10 +219,12 @@ class Work(Wander):
         self.stage, self.target, self.wait = -1, (-1, -1), 0
 
     def places(self, scene: Scene, i: int) -> list[Cell]:
-        """Cells of this stage's kind."""
+        """Cells of this stage's kind; of those, what pays, if anything does."""
         chars = scene.game.work[self.stage % len(scene.game.work)]
-        return [(x, y) for y, row in enumerate(scene.game.rows) for x, char in enumerate(row)
-                if char in chars and (x, y) != scene.cell(i)]
+        every = [(x, y) for y, row in enumerate(scene.game.rows) for x, char in enumerate(row)
+                 if char in chars and (x, y) != scene.cell(i)]
+        paying = set(scene.pickups(i))
+        return [cell for cell in every if cell in paying] or every
 
     def choose(self, scene: Scene, i: int) -> int:
         if not scene.game.work:
@@ -238,7 +243,8 @@ class Work(Wander):
             turn = turn_towards(way, facing)
             if turn is not None:
                 return turn
-            self.wait = 0
+            if self.target not in scene.pickups(i):
+                self.wait = 0
             return INTERACT
         beside = [(self.target[0] + dx, self.target[1] + dy) for dx, dy in STEPS]
         free = scene.walkable(i)

@@ -91,7 +91,7 @@ def test_chances_are_those_of_the_recordings(codec, frames):
     often = [int((tiles_of(frames[0], 4)[1][:, 0] == i).sum()) for i in range(3)]
     mine = book.pairs_M3[:int(book.ends_G3[0, 1])]
     assert [int(mine[mine[:, 0] == i, 2].sum()) for i in range(3)] == often
-    again = CellBook(6, len(book), (len(book.pairs_M3), 0), 2)
+    again = CellBook(6, len(book), (len(book.pairs_M3), 0), 2, grows=(len(book.growth), 24))
     assert again.prior == book.prior
     again.load_state_dict(book.state_dict())
     assert torch.equal(again.chances(1), book.chances(1))
@@ -280,7 +280,7 @@ def test_a_game_without_tiles_is_drawn_freely():
 
 def test_a_world_draws_its_tiles_only(tmp_path):
     """Every drawn cell is a tile of the slot's own game; tiles are part of what a world is."""
-    world = party_nano.tiny(tiles=(12, 20, 5))
+    world = party_nano.tiny(tiles=(12, 20, 5, 4))
     some = starts(world, 5)
     state, book = world.begin(some, range(5)), world.book
     for step in range(3):
@@ -289,7 +289,7 @@ def test_a_world_draws_its_tiles_only(tmp_path):
         own = book.cells_TC[6 * game:6 * game + 6]
         assert (row.flatten(1).t()[:, None] == own).all(-1).any(1).all()
     made = party_nano.fresh(party_nano.PartyNanoConfig(
-        name="tiled", dynamics=world.party.cfg, codec=world.codec.cfg, tiles=(12, 20, 5),
+        name="tiled", dynamics=world.party.cfg, codec=world.codec.cfg, tiles=(12, 20, 5, 4),
         games=("game 0", "game 1"), outcome_width=8), 0)
     made.book.load_state_dict(book.state_dict())
     party_nano.save(made, tmp_path, {})
@@ -301,7 +301,7 @@ def test_a_world_draws_its_tiles_only(tmp_path):
 
 def test_nobody_goes_into_walls():
     """Where all is wall, all stay; but those that come onto the map."""
-    world = party_nano.tiny(tiles=(12, 20, 5), subjects=dict(facing=True))
+    world = party_nano.tiny(tiles=(12, 20, 5, 4), subjects=dict(facing=True))
     some = starts(world, 4, frames=2)
     some.subjects_BKNS[..., 6] = 1.0
     first, _ = world.step(world.begin(some, range(4)), moves(world, 4, 0))
@@ -318,7 +318,7 @@ def test_nobody_goes_into_walls():
 
 def test_players_keep_their_looks():
     """Those that they have when they are last seen before it begins; others once they are."""
-    world = party_nano.tiny(tiles=(12, 20, 5), subjects=dict(facing=True))
+    world = party_nano.tiny(tiles=(12, 20, 5, 4), subjects=dict(facing=True))
     some, book = starts(world, 4, frames=2), world.book
     some = replace(some, length_B=np.array([2, 2, 2, 1]), null_BK=np.arange(2) < np.array(
         [[0], [0], [0], [1]]))

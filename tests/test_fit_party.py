@@ -305,25 +305,6 @@ def test_other_dynamics_beside_the_same_codec_and_heads(data, tmp_path):
         FitParty(FitPartyConfig(**settings | {"fresh": False}))
 
 
-def test_squashed_rewards_come_back():
-    """A head that fits the squashed reward exactly pays the true one."""
-    cfg = PartyOutcomeConfig(latent_chw=(2, 4, 4), channels=2, actions=5, squash=True)
-    head = PartyOutcome(cfg)
-    for reader in head.rewards:
-        torch.nn.init.zeros_(reader.last.weight)
-        torch.nn.init.constant_(reader.last.bias, float(-np.log1p(7.0)))
-    given = {"latents_BFChw": torch.randn(3, 2, 2, 4, 4), "states_BFNS": torch.zeros(3, 2, 4, 2),
-             "actions_BFN": torch.zeros(3, 2, 4, dtype=torch.long),
-             "valid_BN": torch.ones(3, 4, dtype=torch.bool),
-             "rewards_BFN": torch.full((3, 2, 4), -7.0), "ended_BFN": torch.zeros(3, 2, 4)}
-    _, told = party_outcome_loss(head, cfg, given, torch.ones(()))
-    assert told["reward_mse"] < 1e-10
-    _, reward = head.predict(given["latents_BFChw"][:, :1], given["states_BFNS"][:, 0],
-                             given["latents_BFChw"][:, 1], given["states_BFNS"][:, 1],
-                             given["actions_BFN"][:, 1], given["valid_BN"])
-    assert torch.allclose(reward, torch.tensor(-7.0), atol=1e-4)
-
-
 def test_position_weight_counts_positions():
     """An untrained network tells nothing (flow 0): the error is that of the target alone."""
     world = party_nano.tiny(lively=False, subjects={"facing": True})

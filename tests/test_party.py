@@ -315,6 +315,20 @@ def test_worker_faces_its_place_and_interacts():
     assert player.act(view, 0) == INTERACT and player.wait == 0
 
 
+def test_miners_stay_at_ore_until_it_is_gone():
+    """Of all places of work they go to one that shows what pays."""
+    player, ore = started("work"), ((4, 2),)
+    view = scene(cells=((4, 3), (8, 6)), name="coop_mining", apples=ore)
+    for _ in range(5):
+        assert player.act(view, 0) == INTERACT and player.target == (4, 2)
+    player.act(scene(cells=((4, 3), (8, 6)), name="coop_mining", apples=((7, 5),)), 0)
+    assert player.wait == 0  # gone: on to the next
+    player.act(scene(cells=((4, 3), (8, 6)), name="coop_mining", apples=((7, 5),)), 0)
+    assert player.target == (7, 5)
+    player.act(scene(cells=((4, 3), (8, 6)), name="coop_mining"), 0)
+    assert player.target == (7, 5) and player.wait > 0
+
+
 def test_dead_players_do_nothing_and_every_name_plays():
     view = scene()
     view.alive_N[0] = False

@@ -258,7 +258,7 @@ def test_rewards_and_ends_are_learned_per_player():
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
     for i in range(300):
         optimizer.zero_grad()
-        loss, _ = party_outcome_loss(model, cfg, outcome_batch(48, i, cfg), torch.ones(()))
+        loss, _ = party_outcome_loss(model, cfg, outcome_batch(48, i, cfg), torch.ones(1))
         loss.backward()
         optimizer.step()
     data = outcome_batch(400, 10_000, cfg)
@@ -289,13 +289,13 @@ def test_rewards_and_ends_are_learned_per_player():
 def test_players_that_ended_count_no_more():
     cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=8, hidden=8)
     model, data = PartyOutcome(cfg), outcome_batch(32, 0, None)
-    loss = party_outcome_loss(model, cfg, data, torch.ones(()))[0]
+    loss = party_outcome_loss(model, cfg, data, torch.ones(1))[0]
     gone = data["ended_BFN"][:, :-1]
     other = data | {"rewards_BFN": data["rewards_BFN"].clone()}
     other["rewards_BFN"][:, 1:][gone] = 50
-    assert torch.equal(party_outcome_loss(model, cfg, other, torch.ones(()))[0], loss)
+    assert torch.equal(party_outcome_loss(model, cfg, other, torch.ones(1))[0], loss)
     data["valid_BN"][:, 1] = False
-    assert party_outcome_loss(model, cfg, data, torch.ones(()))[0] != loss
+    assert party_outcome_loss(model, cfg, data, torch.ones(1))[0] != loss
 
 
 def test_rewards_count_as_often_as_they_are():
@@ -305,12 +305,12 @@ def test_rewards_count_as_often_as_they_are():
     order = torch.tensor([0, 0, 0, 0, *range(1, 8)])
     drawn = {k: v[order] for k, v in even.items() if torch.is_tensor(v)}
     drawn["likely_B"] = torch.tensor([0.25] * 4 + [1.0] * 7)
-    of_even, told_even = party_outcome_loss(model, cfg, even, torch.ones(()))
-    of_drawn, told_drawn = party_outcome_loss(model, cfg, drawn, torch.ones(()))
+    of_even, told_even = party_outcome_loss(model, cfg, even, torch.ones(1))
+    of_drawn, told_drawn = party_outcome_loss(model, cfg, drawn, torch.ones(1))
     assert torch.allclose(of_even, of_drawn, rtol=1e-5)
     assert told_drawn["reward_mse"] == pytest.approx(told_even["reward_mse"], rel=1e-5)
     drawn.pop("likely_B")
-    assert not torch.allclose(party_outcome_loss(model, cfg, drawn, torch.ones(()))[0], of_even,
+    assert not torch.allclose(party_outcome_loss(model, cfg, drawn, torch.ones(1))[0], of_even,
                               rtol=1e-3)
 
 
@@ -345,7 +345,7 @@ def test_heads_tell_games_apart_by_their_number():
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
     for i in range(300):
         optimizer.zero_grad()
-        loss, _ = party_outcome_loss(model, cfg, data(48, i), torch.ones(()))
+        loss, _ = party_outcome_loss(model, cfg, data(48, i), torch.ones(2))
         loss.backward()
         optimizer.step()
     new = data(400, 10_000)
@@ -366,7 +366,9 @@ def test_heads_that_knew_no_games_go_on():
     """What is added for a game begins at nothing: the same numbers as before."""
     cfg = PartyOutcomeConfig(latent_chw=(3, 4, 6), channels=2, actions=5, width=8, hidden=8)
     old, new = PartyOutcome(cfg), PartyOutcome(replace(cfg, games=3))
-    missing, unknown = new.load_state_dict(old.state_dict(), strict=False)
+    weights = old.state_dict()
+    weights["reward_scale_G"] = weights["reward_scale_G"].expand(3)
+    missing, unknown = new.load_state_dict(weights, strict=False)
     assert not unknown and missing and all(k.endswith(".games.weight") for k in missing)
     g = generator(3)
     given = (torch.randn(5, 1, 3, 4, 6, generator=g), torch.rand(5, 2, 2, generator=g),
@@ -376,17 +378,28 @@ def test_heads_that_knew_no_games_go_on():
         assert torch.equal(new(*given, torch.tensor([0, 1, 2, 0, 1])), old(*given))
 
 
-def test_errors_count_as_shares_of_what_a_game_pays():
-    cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=8, hidden=8)
+def test_rewards_are_learned_in_units_of_what_a_game_pays():
+    """Errors count as shares of it, and what is learned comes back in full: a head that says 1
+    pays it."""
+    cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=8, hidden=8,
+                             games=2)
     model, data = PartyOutcome(cfg), outcome_batch(32, 0, cfg)
-    power = torch.tensor([4.0, 0.5])
-    for game in range(2):
-        data["game_B"] = torch.full((32,), game)
-        plain, told = party_outcome_loss(model, cfg, data, torch.ones(()))
-        weighed, same = party_outcome_loss(model, cfg, data, torch.ones(()), power)
-        assert same == told
-        assert weighed.item() == pytest.approx(
-            plain.item() + told["reward_mse"] * (1 / float(power[game]) - 1), rel=1e-4)
+    for reader in model.rewards:
+        torch.nn.init.zeros_(reader.last.weight)
+        torch.nn.init.ones_(reader.last.bias)
+    model.reward_scale_G.copy_(torch.tensor([4.0, 0.5]))
+    data["game_B"] = torch.arange(32) % 2
+    pays = model.reward_scale_G[data["game_B"]][:, None].expand(-1, 2)
+    given = [data["latents_BFChw"][:, :1], data["states_BFNS"][:, 0], data["latents_BFChw"][:, 1],
+             data["states_BFNS"][:, 1], data["actions_BFN"][:, 1], data["valid_BN"]]
+    _, reward = model.predict(*given, data["game_B"])
+    close(reward, torch.where(data["valid_BN"], pays, 0))
+    data["rewards_BFN"] = pays[:, None].expand(-1, data["rewards_BFN"].shape[1], -1)
+    _, told = party_outcome_loss(model, cfg, data, model.reward_scale_G)
+    assert told["reward_mse"] < 1e-10
+    _, told = party_outcome_loss(model, cfg, data | {"rewards_BFN": 3 * data["rewards_BFN"]},
+                                 model.reward_scale_G)
+    assert told["reward_mse"] == pytest.approx(4.0)
 
 
 def test_places_are_bilinear():

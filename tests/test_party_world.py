@@ -32,7 +32,7 @@ KINDS = {"published": {}, "facing": dict(subjects=dict(facing=True)),
                                                               rope_sa=False)),
          "no MCA": dict(subjects=dict(mca="none")), "pooled": dict(subjects=dict(pooled=True)),
          "guided, UniPC": dict(guidance=2.0, solver_steps=3), "sink": dict(sink=1),
-         "tiles": dict(tiles=(12, 20, 5)), "no memory, four frames": dict(subjects=dict(
+         "tiles": dict(tiles=(12, 20, 5, 4)), "no memory, four frames": dict(subjects=dict(
              recent=3, window=1))}
 
 
@@ -135,7 +135,7 @@ def test_nothing_leaks_and_cost_does_not_grow(world):
     assert pages_used(world) == used
 
 
-@pytest.mark.parametrize("kind", [{}, {"tiles": (12, 20, 5)}], ids=["as drawn", "tiles"])
+@pytest.mark.parametrize("kind", [{}, {"tiles": (12, 20, 5, 4)}], ids=["as drawn", "tiles"])
 def test_permuting_players_permutes_the_states_and_leaves_the_video(monkeypatch, kind):
     """The engine's own steps, with the players' noise permuted as they are."""
     # octaves magnify rounding, 2 per octave

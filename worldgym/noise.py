@@ -16,7 +16,8 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 # names of the passes; a pass of its own makes draws independent
-PASSES = {"end": 1 << 16, "start": 1 << 17, "image": 1 << 18, "action": 1 << 19}
+PASSES = {"end": 1 << 16, "start": 1 << 17, "image": 1 << 18, "action": 1 << 19,
+          "growth": 1 << 20}
 
 
 SMALL = 4096  # words up to which NumPy, with its cheaper calls, is faster than torch

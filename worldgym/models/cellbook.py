@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from worldgym.errors import ConfigError
 from worldgym.models.codec import Codec
+from worldgym.models.growth import Growth, grown
 
 MOST = 20_000  # tiles of a game; more are no game of tiles
 SURE = 1000  # showings of a tile
@@ -36,11 +37,13 @@ class CellBook(nn.Module):
     player is shown where one is told to be and nowhere else: a figure that nobody plays would stay
     and, seen by the next drawing, bring others. And it is shown in its own looks, where tiles tell
     the players of a recording apart: players that once took each other's colours never change back.
+    What chance alone brings comes as often as recorded (see ``Growth``).
 
     Args:
         channels: C. tiles: T of all games together. pairs: different ones of all games that
             followed each other in one place without a player, and in those of one player.
             games: G. prior: see above, in squared units of the latents; 0: the nearest.
+            grows: kinds of changes by chance, of all games, and cells of a frame.
     """
 
     cells_TC: Tensor
@@ -51,9 +54,9 @@ class CellBook(nn.Module):
     ends_G3: Tensor
 
     def __init__(self, channels: int, tiles: int, pairs: tuple[int, int], games: int,
-                 prior: float = 0.3) -> None:
+                 prior: float = 0.3, grows: tuple[int, int] = (0, 0)) -> None:
         super().__init__()
-        self.prior = prior
+        self.prior, self.growth = prior, Growth(*grows, games)
         self.register_buffer("cells_TC", torch.zeros(tiles, channels))
         # the one player that shows a tile in its game's recordings; -1: several, or none
         self.register_buffer("looks_T", torch.full((tiles,), -1, dtype=torch.int16))
@@ -130,13 +133,15 @@ class CellBook(nn.Module):
 
     @torch.no_grad()
     def forward(self, latents_BChw: Tensor, before_BChw: Tensor, game_B: Tensor,
-                from_BN: Tensor, to_BN: Tensor, look_BN: Tensor | None = None) -> Tensor:
+                from_BN: Tensor, to_BN: Tensor, look_BN: Tensor | None = None,
+                draw_BP: Tensor | None = None) -> Tensor:
         """Each cell a recorded tile of its slot's game.
 
         Args:
             latents_BChw, before_BChw: this frame and the one before. game_B: games of the slots.
             from_BN, to_BN: cell of every player before and now (see ``standing``).
             look_BN: whose looks every player has (see ``looks``; None: nobody knows).
+            draw_BP: uniform numbers in (0, 1) by which chance changes tiles (None: it does not).
         """
         look_BN = torch.full_like(to_BN, -1) if look_BN is None else look_BN
         out = latents_BChw.clone()
@@ -146,14 +151,19 @@ class CellBook(nn.Module):
                 continue
             rows = game_B == game
             mine = latents_BChw[rows]
+            b, c, h, w = mine.shape
             score = self._near(_cells(mine), game)
+            was = self._near(_cells(before_BChw[rows]), game).argmax(1)
             if self.prior:
-                was = self._near(_cells(before_BChw[rows]), game).argmax(1)
                 told = from_BN[rows], to_BN[rows], look_BN[rows]
                 score = self._likeliest(game, score, was, *told)
-            b, c, h, w = mine.shape
-            drawn = tiles[score.argmax(1)].view(b, h * w, c).transpose(1, 2)
-            out[rows] = drawn.reshape(b, c, h, w)
+            best = score.argmax(1).view(b, h * w)
+            if draw_BP is not None:
+                at = torch.where(to_BN[rows] < 0, h * w, to_BN[rows])  # one more cell: nowhere
+                free = torch.ones(b, h * w + 1, dtype=torch.bool, device=at.device)
+                free = free.scatter(1, at, False)[:, :-1]
+                best = self.growth(best, was.view(b, h * w), free, game, draw_BP[rows])
+            out[rows] = tiles[best].transpose(1, 2).reshape(b, c, h, w)
         return out
 
     def _likeliest(self, game: int, near: Tensor, was: Tensor, from_BN: Tensor, to_BN: Tensor,
@@ -207,8 +217,12 @@ class CellBook(nn.Module):
         each = list(zip(found, places, strict=True))
         pair = [_counted(_stayed(number, at)) for (_, number), at in each]
         move = [_counted(_moved(number, at)) for (_, number), at in each]
+        _, h, w = codec.cfg.latent_chw
+        growth = Growth.joined([grown(number, at, w) for (_, number), at in each], h * w)
         made = cls(codec.cfg.channels, sum(len(t) for t, _ in found),
-                   (sum(map(len, pair)), sum(map(len, move))), len(found), prior)
+                   (sum(map(len, pair)), sum(map(len, move))), len(found), prior,
+                   (len(growth), h * w))
+        made.growth.load_state_dict(growth.state_dict())
         made.cells_TC.copy_(torch.cat([_encoded(codec, tiles) for tiles, _ in found]))
         for buffer, parts in (
                 (made.looks_T, [_looks(number, at, len(tiles)) for (tiles, number), at in each]),

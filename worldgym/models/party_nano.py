@@ -33,11 +33,11 @@ class PartyNanoConfig:
     ``games``: their names, in the order of their numbers; ``cells``: per game the offset and size
     of its cells (see ``PartyWorld``), used with ``snap``; ``steps``: denoising timesteps of a step;
     ``solver_steps``: a UniPC solver with this many steps instead (0: none); ``guidance``: its scale
-    (1: off); ``tiles``: how many tiles, and pairs of them in a place and of a player, are in the
-    book that drawn cells are replaced from (None: there is none), ``tile_prior``: how much what
-    followed in recordings is preferred (see ``CellBook``); ``end_scale``: factor on end chances;
-    ``reward_range``, ``outcome_squash``: see ``PartyOutcomeConfig``; ``outcome_games``: the heads
-    know the games by their numbers.
+    (1: off); ``tiles``: how many tiles, pairs of them in a place and of a player, and changes by
+    chance are in the book that drawn cells are replaced from (None: there is none),
+    ``tile_prior``: how much what followed in recordings is preferred (see ``CellBook``); ``end_scale``: factor on end chances;
+    ``reward_range``: see ``PartyOutcomeConfig``; ``outcome_frames``: past frames that the heads
+    see; ``outcome_games``: they know the games by their numbers.
     """
 
     name: str
@@ -54,13 +54,12 @@ class PartyNanoConfig:
     guidance: float = 1.0
     temperature: float = 1.0
     context_noise: float = 0.0
-    tiles: tuple[int, int, int] | None = None
+    tiles: tuple[int, int, int, int] | None = None
     tile_prior: float = 0.3
     end_scale: float = 1.0
     outcome_frames: int = 1
     outcome_width: int = 48
     outcome_members: int = 2
-    outcome_squash: bool = False
     outcome_games: bool = False
     reward_range: tuple[float, float] | None = None
 
@@ -111,10 +110,11 @@ class PartyNano(nn.Module):
         self.outcome = PartyOutcome(PartyOutcomeConfig(
             latent_chw=cfg.dynamics.latent_chw, channels=sub.channels, actions=sub.actions,
             frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members,
-            reward_range=cfg.reward_range, squash=cfg.outcome_squash,
+            reward_range=cfg.reward_range,
             games=len(cfg.games) if cfg.outcome_games else 1))
         self.book = None if cfg.tiles is None else CellBook(
-            cfg.codec.channels, cfg.tiles[0], cfg.tiles[1:], len(cfg.games), cfg.tile_prior)
+            cfg.codec.channels, cfg.tiles[0], cfg.tiles[1:3], len(cfg.games), cfg.tile_prior,
+            (cfg.tiles[3], cfg.codec.latent_chw[1] * cfg.codec.latent_chw[2]))
 
     def world(self, device: torch.device | str = "cpu",
               max_pages: int | None = None) -> PartyWorld:
@@ -170,6 +170,10 @@ def tiny(seed: int = 0, lively: bool = True, games: int = 2, slots: int = 4,
             made.book.ends_G3.copy_(torch.arange(1, games + 1)[:, None] * sizes)
             for some in pairs:
                 some.copy_(torch.randint(1, int(sizes[0]), some.shape, generator=generator))
+            kinds = made.book.growth.tiles_K2
+            kinds.copy_(torch.randint(int(sizes[0]), kinds.shape, generator=generator))
+            made.book.growth.chance_KP.fill_(0.05)
+            made.book.growth.ends_G.copy_(torch.arange(1, games + 1) * len(kinds) // games)
     return made.world()
 
 

@@ -21,8 +21,7 @@ from worldgym.models.outcome import around, linear
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartyOutcomeConfig:
     """``frames``: K past frames read; ``members``: independent heads that are averaged;
-    ``reward_range``: lowest and highest reward of a player in one recorded step; ``squash``:
-    learn sign(r) log(1 + |r|) of rewards r, where those of games differ much in size; ``games``:
+    ``reward_range``: lowest and highest reward of a player in one recorded step; ``games``:
     how many are told apart by their number (1: by what they look like only)."""
 
     latent_chw: tuple[int, int, int]
@@ -33,7 +32,6 @@ class PartyOutcomeConfig:
     hidden: int = 64
     members: int = 2
     reward_range: tuple[float, float] | None = None
-    squash: bool = False
     games: int = 1
 
 
@@ -86,16 +84,17 @@ def places(position_BKN2: Tensor, grid_hw: tuple[int, int] | torch.Size) -> Tens
 
 
 class PartyOutcome(nn.Module):
-    """End logit and reward of every player's step: (B, M, N, 2)."""
+    """End logit and reward of every player's step: (B, M, N, 2); rewards in units of what their
+    game pays, ``reward_scale_G``."""
 
-    reward_scale: Tensor
+    reward_scale_G: Tensor
 
     def __init__(self, cfg: PartyOutcomeConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.ends = nn.ModuleList(_Reader(cfg, cfg.frames, 1) for _ in range(cfg.members))
         self.rewards = nn.ModuleList(_Reader(cfg, cfg.frames + 1, 2) for _ in range(cfg.members))
-        self.register_buffer("reward_scale", torch.ones(()))
+        self.register_buffer("reward_scale_G", torch.ones(cfg.games))
 
     def forward(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
                 after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor,
@@ -124,9 +123,9 @@ class PartyOutcome(nn.Module):
         given += [] if game_B is None else [game_B]
         out = self(*(torch.cat([x, torch.zeros_like(x[:1]).expand(pad, *x.shape[1:])])
                      for x in given))[:rows]
-        rewards = out[..., 1].mean(1) * self.reward_scale
-        if self.cfg.squash:
-            rewards = rewards.sign() * torch.expm1(rewards.abs().clamp(max=20))
+        scale_G = self.reward_scale_G
+        scale_B = scale_G[game_B] if self.cfg.games > 1 else scale_G.expand(rows)
+        rewards = out[..., 1].mean(1) * scale_B[:, None]
         if self.cfg.reward_range is not None:
             rewards = rewards.clamp(*self.cfg.reward_range)
         return (torch.where(valid_BN, out[..., 0].sigmoid().mean(1), 0),
@@ -147,16 +146,16 @@ class LearnedPartyOutcome(Learned):
 
 
 def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[str, Tensor],
-                       scale: Tensor, power_G: Tensor | None = None
-                       ) -> tuple[Tensor, dict[str, float]]:
+                       scale_G: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of the ends and squared error of the rewards over all steps of the clips.
 
     ``batch``: as for ``party_loss`` (see there), with ``rewards_BFN`` and ``ended_BFN`` (the player
     ended in this frame or before); a player that has ended before counts no more. ``likely_B``, if
     there (see ``PartySampler``), weighs them all: heads that saw events twice as often as they
-    happen would pay twice as often for what looks alike. ``power_G``, if given: mean square of the
-    rewards of each game, as they are learned: errors count as shares of it, so that a game that
-    seldom pays is learned like one that always does.
+    happen would pay twice as often for what looks alike. ``scale_G``: what each game (of those that
+    ``cfg`` tells apart) pays, root mean square: rewards are learned in units of it, so that a game
+    that seldom pays is learned like one that always does. Squared errors, not of logarithms: where
+    what pays cannot be seen, the heads pay the mean.
     """
     latents, valid = batch["latents_BFChw"].float(), batch["valid_BN"].bool()
     states = torch.where(valid[:, None, :, None], batch["states_BFNS"].float(), 0)
@@ -179,20 +178,12 @@ def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[st
     counts = there.flatten(0, 1)[:, None].expand(-1, out.shape[1], -1)
     end, reward = (after(x).float()[:, None].expand(counts.shape)
                    for x in (ended, torch.nan_to_num(batch["rewards_BFN"])))
-    if cfg.squash:
-        reward = squashed(reward)
+    game = batch["game_B"].long() if cfg.games > 1 else torch.zeros(b, dtype=torch.long)
+    reward = reward / scale_G.to(reward)[game].repeat_interleave(f - 1)[:, None, None]
     bce = F.binary_cross_entropy_with_logits(out[..., 0], end, reduction="none")
     even = torch.ones(b) if "likely_B" not in batch else batch["likely_B"]
     even = counts * even.to(latents).repeat_interleave(f - 1)[:, None, None]
     total = even.sum().clamp_min(1e-6)
     bce = (bce * even).sum() / total
-    squared = ((out[..., 1] - reward / scale) ** 2) * even
-    told = {"end_bce": float(bce.detach()), "reward_mse": float(squared.detach().sum() / total)}
-    if power_G is not None:
-        squared = squared / power_G[batch["game_B"].long()].repeat_interleave(f - 1)[:, None, None]
-    return bce + squared.sum() / total, told
-
-
-def squashed(reward: Tensor) -> Tensor:
-    """sign(r) log(1 + |r|)."""
-    return reward.sign() * reward.abs().log1p()
+    mse = (((out[..., 1] - reward) ** 2) * even).sum() / total
+    return bce + mse, {"end_bce": float(bce.detach()), "reward_mse": float(mse.detach())}

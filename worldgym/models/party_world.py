@@ -287,7 +287,8 @@ class PartyWorld(World):
             stays = (from_BN >= 0) & self.book.blocked(was, game, to_BN)
             states[..., :2] = torch.where(stays[..., None], earlier[..., :2], states[..., :2])
             to_BN = torch.where(stays, from_BN, to_BN)
-            drawn = self.book(drawn[:, 0], was, game, from_BN, to_BN, look)[:, None]
+            draw = uniform(state.keys_B4, PASSES["growth"], grid[0] * grid[1], self.device)
+            drawn = self.book(drawn[:, 0], was, game, from_BN, to_BN, look, draw)[:, None]
             extra["look"] = torch.where(look >= 0, look,
                                         self.book.looks(drawn[:, 0], game, to_BN))
         return drawn, extra | {

@@ -28,16 +28,17 @@ from worldgym.models.codec import CodecConfig
 from worldgym.models.party import nano_config
 from worldgym.models.party_loss import PartyLossConfig, batch_of, party_loss
 from worldgym.models.party_nano import PartyNano, PartyNanoConfig
-from worldgym.models.party_outcome import party_outcome_loss, squashed
+from worldgym.models.party_outcome import party_outcome_loss
 from worldgym.train.distributed import Group
 from worldgym.train.fit_party_config import ABLATIONS, FitPartyConfig
 from worldgym.train.metrics_party import measure_party, recorded_states
 from worldgym.train.provenance import command, machine, started_from
 from worldgym.train.stages import CODEC_BATCH, Stages
 
-OUTCOME_BATCH = 128  # transitions
+OUTCOME_BATCH = 64  # clips of as many transitions as the heads look back
 EVENTFUL = 0.5  # of these: share that pays or ends a player
-LEAST_POWER = 1e-3  # mean square of rewards: games that pay less count as if they paid this much
+OUTCOME_FRAMES = 3  # that the heads look back: two who mine gold may do so three steps apart
+LEAST_PAY = 0.03  # root mean square: games that pay less count as if they paid this much
 SHORT = 8  # one in so many iterations on single frames sees only one frame before them
 SOON = 3  # rows before what happens that are drawn with it where the dynamics train
 # root mean square step of latents, of positions, and of facing and alive, over thirteen games
@@ -94,8 +95,13 @@ class FitParty(Stages):
                 weights[name], (0, 0) * 3 + (0, old.wan.in_dim - weights[name].shape[1]))
         started = party_nano.fresh(config, cfg.seed)
         own = started.state_dict()
-        # heads that knew no games: what is added for each of them begins at nothing
+        # heads that knew no games: what is added for each of them begins at nothing; that saw
+        # fewer frames: so does what older ones, which come first, say
         own |= {k: torch.zeros_like(v) for k, v in own.items() if k.endswith(".games.weight")}
+        weights |= {k: torch.nn.functional.pad(v, (own[k].shape[1] - v.shape[1], 0))
+                    for k, v in weights.items() if k.endswith(".inputs.weight")}
+        scale = "outcome.reward_scale_G"
+        weights[scale] = weights[scale].expand_as(own[scale])
         started.load_state_dict(own | weights)
         return started.eval()
 
@@ -110,7 +116,7 @@ class FitParty(Stages):
         return PartyNanoConfig(
             name=cfg.name or Path(cfg.out).resolve().name, codec=codec, games=tuple(self.stores),
             cells=tuple(cells), snap=True, fps=first.fps, steps=cfg.steps,
-            temperature=cfg.temperature, outcome_squash=True, outcome_games=True,
+            temperature=cfg.temperature, outcome_frames=OUTCOME_FRAMES, outcome_games=True,
             reward_range=self._reward_range(),
             dynamics=nano_config(codec.latent_chw, len(self.stores), cfg.width, cfg.layers,
                                  recent=cfg.recent,
@@ -156,7 +162,8 @@ class FitParty(Stages):
     def _seeing(self, window: int, **changes: Any) -> PartyNano:
         """The world with these weights, and a book of tiles, whose steps see so many frames."""
         now, book = self.nano.cfg, self._book()
-        tiles = None if book is None else (len(book), len(book.pairs_M3), len(book.moves_M3))
+        tiles = None if book is None else (len(book), len(book.pairs_M3), len(book.moves_M3),
+                                           len(book.growth))
         made = PartyNano(replace(now, dynamics=replace(now.dynamics, window=window), tiles=tiles,
                                  **changes))
         weights = self.nano.state_dict()
@@ -298,8 +305,7 @@ class FitParty(Stages):
             return
         cfg, group, head = self.cfg, self.group, self.nano.outcome
         sampler = self._sampler(head.cfg.frames + 1, OUTCOME_BATCH, EVENTFUL)
-        head.reward_scale.fill_(1.0)
-        power = torch.tensor([self._power(game) for game in self.stores], device=group.device)
+        head.reward_scale_G.copy_(torch.tensor([self._pay(game) for game in self.stores]))
 
         def loss(model, data, generator):
             batch = self._batch(data)
@@ -307,21 +313,21 @@ class FitParty(Stages):
                                 generator=generator)
             level = 0.2 * torch.rand(OUTCOME_BATCH, 1, 1, 1, 1, generator=generator)
             batch["latents_BFChw"] += (level * noise)[group.rows(OUTCOME_BATCH)].to(group.device)
-            return party_outcome_loss(model, head.cfg, batch, head.reward_scale, power)
+            return party_outcome_loss(model, head.cfg, batch, head.reward_scale_G)
 
         loop = self.loop("outcome", iterations,
                          {"latents": self.latent_tag, "head": json.dumps(asdict(head.cfg)),
-                          "power": power.tolist(),
+                          "scale": head.reward_scale_G.tolist(),
                           "eventful": EVENTFUL, "balance": cfg.balance},
                          lr=1e-3, decay=0.5, weight_decay=0.1)
         loop.run(sampler, loss, cfg.tensorboard)
         self.finish(loop)
 
-    def _power(self, game: str) -> float:
-        """Mean square of a game's rewards of a player's step, as they are learned."""
+    def _pay(self, game: str) -> float:
+        """Root mean square of a game's rewards of a player's step."""
         store, rows = self.stores[game], self.rows[game]
-        paid = torch.from_numpy(store.take("rewards", rows)[store.take("info_valid", rows)])
-        return max(LEAST_POWER, float(squashed(torch.nan_to_num(paid)).square().mean()))
+        paid = np.nan_to_num(store.take("rewards", rows)[store.take("info_valid", rows)])
+        return max(LEAST_PAY, float(np.sqrt(np.square(paid).mean())))
 
     def _snapshot(self, folder: Path) -> Path:
         """Write the world that the checkpoints make now."""
