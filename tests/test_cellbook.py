@@ -210,6 +210,31 @@ def test_whoever_comes_back_is_drawn_and_nobody_else(codec, walks):
     assert torch.equal(got, before)
 
 
+def test_players_come_back_as_recorded_ones_did(codec, walks, monkeypatch):
+    """Drawn in other looks, one that comes back is shown in those that such ones had, once enough
+    were seen; one that was on the map is not held to that."""
+    frames, places = walks
+    far = places.copy()
+    far[:20, 0, 0] = -1
+    _, number = tiles_of(frames, 4)
+    first, second = number[0, 0, places[0, 0]]
+    floor = 3 - first - second
+    game, cells = torch.zeros(1, dtype=torch.int64), np.full(24, floor)
+    cells[15] = second
+    shown = []
+    for enough in (21, 20):
+        monkeypatch.setattr("worldgym.models.cellbook.RETURNS", enough)
+        book = CellBook.of(codec, [frames], [far])
+        book.cells_TC.copy_(9 * torch.eye(6)[:3])
+        chance = book.chances(0, moved=True).exp()
+        torch.testing.assert_close(chance.sum(1), torch.ones(4))
+        assert (chance[3, second] == 0) == (enough == 20) and chance[first, second] > 0
+        latents = book.cells_TC[torch.from_numpy(cells)].T.reshape(1, 6, 4, 6).contiguous()
+        got = book(latents, latents, game, torch.tensor([[-1]]), torch.tensor([[15]]))
+        shown.append(int((got[0, :, 2, 3] == book.cells_TC).all(1).nonzero()))
+    assert shown == [second, first]
+
+
 def test_walls_are_what_nobody_came_to(codec, walks, monkeypatch):
     frames, places = walks
     walled = frames.copy()

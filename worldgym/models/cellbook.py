@@ -22,6 +22,7 @@ from worldgym.models.growth import Growth, grown
 
 MOST = 20_000  # tiles of a game; more are no game of tiles
 SURE = 1000  # showings of a tile
+RETURNS = 100  # of players to the map
 STRAY = 0.02  # of a tile's showings by players: where a recording's positions are a frame off
 
 
@@ -32,7 +33,8 @@ class CellBook(nn.Module):
     ``forward`` gives each cell the tile t that maximises prior * log p(t | tile before) -
     |cell - t|^2: for Gaussian errors of the drawing with variance prior / 2, the likeliest one.
     p: how often t followed that tile in recordings, with one more case, of any tile that ever came
-    (in a place whose tile was seen ``SURE`` times and more, what never followed never does);
+    (in a place whose tile was seen ``SURE`` times and more, what never followed never does; nor
+    do players, once ``RETURNS`` were seen, come back to the map as none ever did);
     where a player is told to be, the tile before is the one in the place that it came from. So a
     player is shown where one is told to be and nowhere else: a figure that nobody plays would stay
     and, seen by the next drawing, bring others. And it is shown in its own looks, where tiles tell
@@ -95,7 +97,9 @@ class CellBook(nn.Module):
             seen = count.sum(0)
             seen += ~seen.any()  # nothing recorded at all: any tile
             came = (seen - (0 if moved else count.diagonal()) + 0.5) * (seen > 0)
-            more = moved | (count.sum(1, keepdim=True) < SURE)
+            sure = torch.full_like(count[:, :1], torch.inf if moved else SURE)
+            sure[size:] = RETURNS
+            more = count.sum(1, keepdim=True) < sure
             count += more * came / came.sum()
             self._logs[key] = (count / count.sum(1, keepdim=True)).log()
         return self._logs[key]

@@ -31,7 +31,8 @@ class FitPartyConfig:
     ``eventful``: share of the dynamics' batches in which a player is paid, ends, leaves the map or
     comes back within three steps: what seldom happens is otherwise seldom learned. They are not
     weighed back, as the heads' are: what follows from what is seen is learned more often, at the
-    price that what is left to chance happens somewhat more often than it should.
+    price that what is left to chance happens somewhat more often than it should: end with some
+    iterations at 0 (``init``).
     ``steps``, ``temperature``: of the sampler; ``book_frames``: of each game, whose tiles drawn
     cells are replaced by (0: none; see ``CellBook``).
     ``video_share``: of the dynamics' iterations, the video alone; ``alone_share``: those on single
