@@ -184,6 +184,7 @@ class TrainParty:
         slots: games side by side.
         seed: seed of agent and dreams.
         horizon: steps after which a game is cut; default: the world's.
+        beginnings: dream only from where recorded episodes began, as real ones do.
         rivals: seats of every game that the newest checkpoint plays instead of the learner.
         save_every: steps between checkpoints.
         init: agent.zip whose weights the training begins with.
@@ -201,6 +202,7 @@ class TrainParty:
     slots: int = 16
     seed: int = 0
     horizon: int | None = None
+    beginnings: bool = False
     rivals: int = 0
     save_every: int = 50_000
     init: Path | None = None
@@ -225,7 +227,8 @@ class TrainParty:
         else:
             done = party_train.train_party_in_dream(
                 load_party(self.world, device=self.device), config, self.out, game=self.game,
-                players=self.players, rivals=self.rivals, horizon=self.horizon)
+                players=self.players, rivals=self.rivals, horizon=self.horizon,
+                beginnings=self.beginnings)
         print(f"{done.steps} steps in {done.seconds:.0f} s; agent written to {done.agent}")
 
 

@@ -29,13 +29,13 @@ def view_of(config: TrainConfig) -> PartyView:
 
 def train_party_in_dream(task: PartyTask, config: TrainConfig, folder: str | Path, *,
                          game: str | None = None, players: int | None = None, rivals: int = 0,
-                         horizon: int | None = None) -> Trained:
+                         horizon: int | None = None, beginnings: bool = False) -> Trained:
     """Train inside the world only; the real game is never touched.
 
     Args:
         game, players: see ``PartyCore``. rivals: seats of every game that a frozen past copy of
             the learner plays (the newest checkpoint; at first the untrained network).
-        horizon: steps of a dreamt episode; None: the task's.
+        horizon: steps of a dreamt episode; None: the task's. beginnings: see ``PartyCore``.
 
     Raises:
         LicenceError: the world's licence does not allow training on its outputs.
@@ -50,9 +50,10 @@ def train_party_in_dream(task: PartyTask, config: TrainConfig, folder: str | Pat
 
     def make() -> Any:
         return DreamPartyVecEnv(task, game, players, config.envs, horizon=horizon, rivals=rivals,
-                                view=view_of(config), seed=config.seed)
+                                view=view_of(config), seed=config.seed, beginnings=beginnings)
 
     facts = {"env": task.name, "where": "dream", "horizon": horizon or task.horizon,
+             "beginnings": beginnings,
              "world": str(getattr(task.world, "fingerprint", task.world.spec.name))}
     return _train(make, config, folder, facts, rivals)
 

@@ -254,16 +254,19 @@ class DreamPartyVecEnv(Face, PartyVecEnv):
     """``PartyVecEnv`` over a dream: state in and out, forks.
 
     Args:
-        task: world, starts, games. game, players: see ``PartyCore``.
+        task: world, starts, games. game, players, beginnings: see ``PartyCore``.
         num_slots: dreams in one batch. horizon: steps until truncation, None: the task's.
         view: what players are shown; a crop. rivals, seed: see ``PartyVecEnv``.
     """
 
     def __init__(self, task: PartyTask, game: str | None = None, players: int | None = None,
                  num_slots: int = 1, *, horizon: int | None = None,
-                 view: PartyView = TRAINING_VIEW, rivals: int = 0, seed: int = 0) -> None:
-        self._settings = {"horizon": horizon, "view": view, "rivals": rivals, "seed": seed}
+                 view: PartyView = TRAINING_VIEW, rivals: int = 0, seed: int = 0,
+                 beginnings: bool = False) -> None:
+        self._settings = {"horizon": horizon, "view": view, "rivals": rivals, "seed": seed,
+                          "beginnings": beginnings}
         self.core: PartyCore = PartyCore(task, game, players, num_slots, view,
+                                         beginnings=beginnings,
                                          horizon="task" if horizon is None else horizon)
         self._screen = Screen(None, self.core)
         PartyVecEnv.__init__(self, self.core, rivals=rivals, seed=seed)

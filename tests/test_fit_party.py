@@ -24,11 +24,6 @@ from worldgym.envs.party_tasks import PARTIES, load_party  # noqa: E402
 from worldgym.errors import CheckpointError, ConfigError  # noqa: E402
 from worldgym.models import party_nano  # noqa: E402
 from worldgym.models.party_loss import PartyLossConfig, party_loss  # noqa: E402
-from worldgym.models.party_outcome import (  # noqa: E402
-    PartyOutcome,
-    PartyOutcomeConfig,
-    party_outcome_loss,
-)
 from worldgym.train.fit_party import FitParty, FitPartyConfig  # noqa: E402
 from worldgym.train.metrics_party import cell_of, measure_party, recorded_states  # noqa: E402
 

@@ -41,6 +41,15 @@ def moves(i, count):
 # ---------------------------------------------------------------------------- rows
 
 
+def test_dreams_can_begin_where_recorded_episodes_did():
+    """In all their episodes, and in those of a fork; else anywhere."""
+    env, bank = rows(slots=4, beginnings=True), rows().core.task.starts
+    chosen = env.core.task.starts
+    assert 0 < len(chosen) < len(bank) and DEADLY.starts.beginnings[chosen.rows].all()
+    env.reset()
+    assert len(env.fork(2)[0].core.task.starts) == len(chosen)
+
+
 def test_rows_are_the_players_of_single_environments():
     env, singles = rows(seed=3), [
         parallel_env(DEADLY, "predator_prey", 3, observation="crop", frame_stack=2)
@@ -368,7 +377,9 @@ def test_a_folder_is_all_it_takes(tmp_path, capsys):
         parallel_env(world, "predator_prey")
     agent = str(tmp_path / "agent")
     assert cli.main(["train-party", "--world", world, "--game", "coins", "--out", agent,
-                     "--slots", "1", "--steps", "16", "--set", "n_steps=8", "batch_size=8"]) == 0
+                     "--slots", "1", "--steps", "16", "--beginnings", "--set", "n_steps=8",
+                     "batch_size=8"]) == 0
+    assert json.loads((tmp_path / "agent" / "run.json").read_text())["beginnings"] is True
     common = ["--game", "coins"]
     assert cli.main(["score-party", "--world", world, *common, "--where", "dream", "--episodes",
                      "2", "--policy", "random", f"mine={agent}/agent.zip"]) == 0

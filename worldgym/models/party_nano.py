@@ -35,9 +35,10 @@ class PartyNanoConfig:
     ``solver_steps``: a UniPC solver with this many steps instead (0: none); ``guidance``: its scale
     (1: off); ``tiles``: how many tiles, pairs of them in a place and of a player, and changes by
     chance are in the book that drawn cells are replaced from (None: there is none),
-    ``tile_prior``: how much what followed in recordings is preferred (see ``CellBook``); ``end_scale``: factor on end chances;
-    ``reward_range``: see ``PartyOutcomeConfig``; ``outcome_frames``: past frames that the heads
-    see; ``outcome_games``: they know the games by their numbers.
+    ``tile_prior``: how much what followed in recordings is preferred (see ``CellBook``);
+    ``end_scale``: factor on end chances; ``reward_range``: see ``PartyOutcomeConfig``;
+    ``outcome_frames``: past frames that the heads see; ``outcome_games``: they know the games by
+    their numbers.
     """
 
     name: str
