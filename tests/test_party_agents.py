@@ -379,7 +379,7 @@ def test_a_folder_is_all_it_takes(tmp_path, capsys):
     assert cli.main(["train-party", "--world", world, "--game", "coins", "--out", agent,
                      "--slots", "1", "--steps", "16", "--beginnings", "--set", "n_steps=8",
                      "batch_size=8"]) == 0
-    assert json.loads((tmp_path / "agent" / "run.json").read_text())["beginnings"] is True
+    assert json.loads((tmp_path / "agent" / "run.json").read_text())["run"]["beginnings"]
     common = ["--game", "coins"]
     assert cli.main(["score-party", "--world", world, *common, "--where", "dream", "--episodes",
                      "2", "--policy", "random", f"mine={agent}/agent.zip"]) == 0
