@@ -115,7 +115,6 @@ def test_a_world_grows_by_its_key_alone():
         [2])
     alone, _ = world.step(alone, moves(world, 6, 0)[2:3])
     assert torch.equal(alone.history_BKChw[0], one.history_BKChw[2])
-    other, _ = world.step(world.begin(some, range(6, 12)), moves(world, 6, 0))
     world.book.growth.chance_KP.fill_(0.0)
     bare, _ = world.step(state, moves(world, 6, 0))
     grew = (bare.history_BKChw[:, -1] != one.history_BKChw[:, -1]).any(1)

@@ -53,10 +53,13 @@ class Growth(nn.Module):
         open_BPK = (was_BP[..., None] == before) & free_BP[..., None]
         by_itself = (open_BPK & (drawn_BP[..., None] == after)).any(-1)
         drawn_BP = torch.where(by_itself, was_BP, drawn_BP)  # when, says chance, not the drawing
-        below = (open_BPK * self.chance_KP[part].T.double()).cumsum(-1)
-        comes = free_BP & (drawn_BP == was_BP) & (draw_BP < below[..., -1])
-        which = (draw_BP[..., None] >= below).sum(-1).clamp(max=len(after) - 1)
-        return torch.where(comes, after[which], drawn_BP)
+        # changes of one tile share the numbers from 0 on; summed without the batch, for the bits
+        chance_KP = self.chance_KP[part].double()
+        below_KP = (before[:, None] == before).tril().double() @ chance_KP
+        draw_BP1 = draw_BP[..., None]
+        comes_BPK = open_BPK & (draw_BP1 < below_KP.T) & (draw_BP1 >= (below_KP - chance_KP).T)
+        comes = comes_BPK.any(-1) & (drawn_BP == was_BP)
+        return torch.where(comes, after[comes_BPK.int().argmax(-1)], drawn_BP)
 
     @classmethod
     def joined(cls, found: list[tuple[np.ndarray, np.ndarray]], cells: int) -> "Growth":
