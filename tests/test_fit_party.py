@@ -65,7 +65,8 @@ def test_the_world_and_its_task(whole, data):
     assert "worldgym fit-party --data" in made["command"] and "--layers 1" in made["command"]
     assert set(made["training_seconds"]) == {"codec", "encode", "dynamics", "outcome"}
     assert set(card["metrics"]) == {"apples", "walls", "pooled"}
-    assert card["config"]["reward_range"] == [0.0, 1.0]
+    made = party_nano.load_party(out)
+    assert made.outcome.amounts_GV[:, :2].tolist() == [[0, 1], [0, 1]]
 
 
 def test_killed_runs_end_as_if_nothing_had_happened(whole, data, tmp_path):

@@ -19,8 +19,10 @@ from worldgym.models.party_outcome import (  # noqa: E402
     LearnedPartyOutcome,
     PartyOutcome,
     PartyOutcomeConfig,
+    amounts_of,
     party_outcome_loss,
     places,
+    shares,
 )
 from worldgym.train.loop import Loop, LoopConfig  # noqa: E402
 
@@ -250,7 +252,7 @@ def outcome_batch(rows, seed, cfg):
 
 def test_rewards_and_ends_are_learned_per_player():
     cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=24, hidden=32,
-                             members=2, reward_range=(0.0, 1.0))
+                             members=2, amounts=2)
     model = PartyOutcome(cfg)
     for i, p in enumerate(model.parameters()):
         if p.ndim > 1:
@@ -258,7 +260,7 @@ def test_rewards_and_ends_are_learned_per_player():
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
     for i in range(300):
         optimizer.zero_grad()
-        loss, _ = party_outcome_loss(model, cfg, outcome_batch(48, i, cfg), torch.ones(1))
+        loss, _ = party_outcome_loss(model, cfg, outcome_batch(48, i, cfg), model.amounts_GV)
         loss.backward()
         optimizer.step()
     data = outcome_batch(400, 10_000, cfg)
@@ -289,13 +291,13 @@ def test_rewards_and_ends_are_learned_per_player():
 def test_players_that_ended_count_no_more():
     cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=8, hidden=8)
     model, data = PartyOutcome(cfg), outcome_batch(32, 0, None)
-    loss = party_outcome_loss(model, cfg, data, torch.ones(1))[0]
+    loss = party_outcome_loss(model, cfg, data, model.amounts_GV)[0]
     gone = data["ended_BFN"][:, :-1]
     other = data | {"rewards_BFN": data["rewards_BFN"].clone()}
     other["rewards_BFN"][:, 1:][gone] = 50
-    assert torch.equal(party_outcome_loss(model, cfg, other, torch.ones(1))[0], loss)
+    assert torch.equal(party_outcome_loss(model, cfg, other, model.amounts_GV)[0], loss)
     data["valid_BN"][:, 1] = False
-    assert party_outcome_loss(model, cfg, data, torch.ones(1))[0] != loss
+    assert party_outcome_loss(model, cfg, data, model.amounts_GV)[0] != loss
 
 
 def test_rewards_count_as_often_as_they_are():
@@ -305,12 +307,12 @@ def test_rewards_count_as_often_as_they_are():
     order = torch.tensor([0, 0, 0, 0, *range(1, 8)])
     drawn = {k: v[order] for k, v in even.items() if torch.is_tensor(v)}
     drawn["likely_B"] = torch.tensor([0.25] * 4 + [1.0] * 7)
-    of_even, told_even = party_outcome_loss(model, cfg, even, torch.ones(1))
-    of_drawn, told_drawn = party_outcome_loss(model, cfg, drawn, torch.ones(1))
+    of_even, told_even = party_outcome_loss(model, cfg, even, model.amounts_GV)
+    of_drawn, told_drawn = party_outcome_loss(model, cfg, drawn, model.amounts_GV)
     assert torch.allclose(of_even, of_drawn, rtol=1e-5)
-    assert told_drawn["reward_mse"] == pytest.approx(told_even["reward_mse"], rel=1e-5)
+    assert told_drawn["reward_ce"] == pytest.approx(told_even["reward_ce"], rel=1e-5)
     drawn.pop("likely_B")
-    assert not torch.allclose(party_outcome_loss(model, cfg, drawn, torch.ones(1))[0], of_even,
+    assert not torch.allclose(party_outcome_loss(model, cfg, drawn, model.amounts_GV)[0], of_even,
                               rtol=1e-3)
 
 
@@ -322,16 +324,18 @@ def test_trained_as_it_is_played():
              torch.randn(5, 3, 4, 6, generator=g), torch.rand(5, 2, 2, generator=g),
              torch.tensor([[0, 4]] * 5), torch.ones(5, 2, dtype=torch.bool))
     trained = model(*given)
-    assert trained.requires_grad
     with torch.no_grad():
-        assert torch.allclose(model(*given), trained, atol=1e-5)
+        played = model(*given)
+    for mine, other in zip(trained, played, strict=True):
+        assert mine.requires_grad and torch.allclose(other, mine, atol=1e-5)
 
 
 def test_heads_tell_games_apart_by_their_number():
     """The same pictures pay in one game and cost in the other."""
     cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=24, hidden=32,
-                             members=1, games=2)
+                             members=1, amounts=2, games=2)
     model = PartyOutcome(cfg)
+    model.amounts_GV.copy_(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
     for i, p in enumerate(model.parameters()):
         if p.ndim > 1:
             torch.nn.init.xavier_uniform_(p, generator=generator(i))
@@ -345,7 +349,7 @@ def test_heads_tell_games_apart_by_their_number():
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
     for i in range(300):
         optimizer.zero_grad()
-        loss, _ = party_outcome_loss(model, cfg, data(48, i), torch.ones(2))
+        loss, _ = party_outcome_loss(model, cfg, data(48, i), model.amounts_GV)
         loss.backward()
         optimizer.step()
     new = data(400, 10_000)
@@ -367,7 +371,7 @@ def test_heads_that_knew_no_games_go_on():
     cfg = PartyOutcomeConfig(latent_chw=(3, 4, 6), channels=2, actions=5, width=8, hidden=8)
     old, new = PartyOutcome(cfg), PartyOutcome(replace(cfg, games=3))
     weights = old.state_dict()
-    weights["reward_scale_G"] = weights["reward_scale_G"].expand(3)
+    weights["amounts_GV"] = weights["amounts_GV"].expand(3, -1)
     missing, unknown = new.load_state_dict(weights, strict=False)
     assert not unknown and missing and all(k.endswith(".games.weight") for k in missing)
     g = generator(3)
@@ -375,31 +379,83 @@ def test_heads_that_knew_no_games_go_on():
              torch.randn(5, 3, 4, 6, generator=g), torch.rand(5, 2, 2, generator=g),
              torch.tensor([[0, 4]] * 5), torch.ones(5, 2, dtype=torch.bool))
     with torch.no_grad():
-        assert torch.equal(new(*given, torch.tensor([0, 1, 2, 0, 1])), old(*given))
+        for mine, other in zip(new(*given, torch.tensor([0, 1, 2, 0, 1])), old(*given),
+                               strict=True):
+            assert torch.equal(mine, other)
 
 
-def test_rewards_are_learned_in_units_of_what_a_game_pays():
-    """Errors count as shares of it, and what is learned comes back in full: a head that says 1
-    pays it."""
+def test_heads_pay_amounts_of_their_game():
+    """The chances of a game's amounts, and the mean of them."""
     cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=8, hidden=8,
-                             games=2)
+                             amounts=3, games=2)
     model, data = PartyOutcome(cfg), outcome_batch(32, 0, cfg)
+    amounts = torch.tensor([[0.0, 1.0, 8.0], [-2.0, 0.0, 0.5]])
+    model.amounts_GV.copy_(amounts)
     for reader in model.rewards:
         torch.nn.init.zeros_(reader.last.weight)
-        torch.nn.init.ones_(reader.last.bias)
-    model.reward_scale_G.copy_(torch.tensor([4.0, 0.5]))
+        reader.last.bias.data.copy_(torch.tensor([0.5, 0.25, 0.25]).log())
     data["game_B"] = torch.arange(32) % 2
-    pays = model.reward_scale_G[data["game_B"]][:, None].expand(-1, 2)
     given = [data["latents_BFChw"][:, :1], data["states_BFNS"][:, 0], data["latents_BFChw"][:, 1],
              data["states_BFNS"][:, 1], data["actions_BFN"][:, 1], data["valid_BN"]]
     _, reward = model.predict(*given, data["game_B"])
-    close(reward, torch.where(data["valid_BN"], pays, 0))
-    data["rewards_BFN"] = pays[:, None].expand(-1, data["rewards_BFN"].shape[1], -1)
-    _, told = party_outcome_loss(model, cfg, data, model.reward_scale_G)
-    assert told["reward_mse"] < 1e-10
-    _, told = party_outcome_loss(model, cfg, data | {"rewards_BFN": 3 * data["rewards_BFN"]},
-                                 model.reward_scale_G)
-    assert told["reward_mse"] == pytest.approx(4.0)
+    means = torch.tensor([2.25, -0.875])[data["game_B"]][:, None]
+    close(reward, torch.where(data["valid_BN"], means, 0))
+    for reader in model.rewards:  # sure of the middle amount
+        reader.last.bias.data.copy_(torch.tensor([-40.0, 0.0, -40.0]))
+    paid = amounts[data["game_B"], 1][:, None, None].expand_as(data["rewards_BFN"])
+    _, told = party_outcome_loss(model, cfg, data | {"rewards_BFN": paid}, model.amounts_GV)
+    assert told["reward_ce"] < 1e-10
+    _, told = party_outcome_loss(model, cfg, data | {"rewards_BFN": 0 * paid - 2}, amounts)
+    assert told["reward_ce"] == pytest.approx(40, rel=0.01)
+
+
+def test_rewards_are_shares_of_the_amounts_around_them():
+    amounts = torch.tensor([[-2.0, 0.0, 1.0, 8.0], [0.0, 1.0, 1.0, 1.0]])
+    reward = torch.tensor([[0.0, -0.5, 1.0, 4.5, 9.0, -3.0], [0.0, 0.25, 1.0, 2.0, -1.0, 0.5]])
+    got = shares(reward, amounts)
+    close(got.sum(-1), torch.ones_like(reward))
+    close((got * amounts[:, None]).sum(-1), torch.stack([
+        reward[0].clamp(-2, 8), reward[1].clamp(0, 1)]))
+    assert got[0, 0].tolist() == [0, 1, 0, 0] and got[0, 3].tolist() == [0, 0, 0.5, 0.5]
+    assert got[1, 2].tolist() == [0, 1, 0, 0]  # the first of those that are there again
+
+
+def test_amounts_are_what_was_recorded():
+    few = np.array([[0, 8, np.nan], [1, 0, 1]], np.float32)
+    assert amounts_of(few, 5).tolist() == [0, 1, 8, 8, 8]
+    many = np.random.default_rng(0).normal(0, 1, 5000)
+    found = amounts_of(many, 8)
+    assert found[[0, -1]] == pytest.approx([many.min(), many.max()], abs=1e-6)
+    assert (np.diff(found) > 0).all() and 0 in found
+    assert amounts_of(np.zeros(4), 3).tolist() == [0, 0, 0]
+    assert amounts_of(np.array([0, 1e-16, 2]), 3).tolist() == [0, 2, 2]  # sums of what cancels
+
+
+def test_what_seldom_pays_does_not_pay_a_little_everywhere():
+    """One step in sixteen pays 8, and the picture shows which: the others pay nothing, where
+    means learned by squared errors pay some hundredths in each."""
+    cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=24, hidden=32,
+                             members=1, amounts=2)
+    model = PartyOutcome(cfg)
+    model.amounts_GV.copy_(torch.tensor([[0.0, 8.0]]))
+    for i, p in enumerate(model.parameters()):
+        if p.ndim > 1:
+            torch.nn.init.xavier_uniform_(p, generator=generator(i))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
+    for i in range(300):
+        optimizer.zero_grad()
+        data = outcome_batch(48, i, cfg)
+        loss, _ = party_outcome_loss(model, cfg, data | {"rewards_BFN": 8 * data["rewards_BFN"]},
+                                     model.amounts_GV)
+        loss.backward()
+        optimizer.step()
+    new = outcome_batch(400, 10_000, cfg)
+    _, reward = LearnedPartyOutcome(model)(
+        new["latents_BFChw"][:, :1], new["states_BFNS"][:, 0], new["latents_BFChw"][:, 1],
+        new["states_BFNS"][:, 1], new["actions_BFN"][:, 1], new["valid_BN"])
+    pays = new["rewards_BFN"][:, 1] == 1
+    assert reward[pays].mean() > 6.5
+    assert reward[~pays & new["valid_BN"]].median() < 0.01
 
 
 def test_places_are_bilinear():

@@ -365,7 +365,7 @@ def test_an_interrupted_step_leaks_nothing(world, monkeypatch):
 
 
 def test_a_world_folder_reads_back(tmp_path):
-    cfg = replace(_config(party_nano.tiny()), reward_range=(-1.0, 2.0), games=("coins", "tag"))
+    cfg = replace(_config(party_nano.tiny()), outcome_amounts=3, games=("coins", "tag"))
     made = party_nano.fresh(cfg, 5)
     party_nano.save(made, tmp_path, {"about": "a test"})
     assert json.loads((tmp_path / "world.json").read_text())["kind"] == "worldgym.party"

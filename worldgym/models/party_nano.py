@@ -36,9 +36,9 @@ class PartyNanoConfig:
     (1: off); ``tiles``: how many tiles, pairs of them in a place and of a player, and changes by
     chance are in the book that drawn cells are replaced from (None: there is none),
     ``tile_prior``: how much what followed in recordings is preferred (see ``CellBook``);
-    ``end_scale``: factor on end chances; ``reward_range``: see ``PartyOutcomeConfig``;
-    ``outcome_frames``: past frames that the heads see; ``outcome_games``: they know the games by
-    their numbers.
+    ``end_scale``: factor on end chances; ``outcome_frames``: past frames that the heads see;
+    ``outcome_amounts``: see ``PartyOutcomeConfig``; ``outcome_games``: they know the games by their
+    numbers.
     """
 
     name: str
@@ -61,8 +61,8 @@ class PartyNanoConfig:
     outcome_frames: int = 1
     outcome_width: int = 48
     outcome_members: int = 2
+    outcome_amounts: int = 8
     outcome_games: bool = False
-    reward_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.dynamics.wan.text_dim != len(self.games) or self.dynamics.wan.text_len != 1:
@@ -111,7 +111,7 @@ class PartyNano(nn.Module):
         self.outcome = PartyOutcome(PartyOutcomeConfig(
             latent_chw=cfg.dynamics.latent_chw, channels=sub.channels, actions=sub.actions,
             frames=cfg.outcome_frames, width=cfg.outcome_width, members=cfg.outcome_members,
-            reward_range=cfg.reward_range,
+            amounts=cfg.outcome_amounts,
             games=len(cfg.games) if cfg.outcome_games else 1))
         self.book = None if cfg.tiles is None else CellBook(
             cfg.codec.channels, cfg.tiles[0], cfg.tiles[1:3], len(cfg.games), cfg.tile_prior,

@@ -1,14 +1,18 @@
 """Rewards and ends of every player of a party, learned from recordings.
 
 Shapes: B slot, K past frame, C channel, h w latent grid, P = h * w cells, N subject, S state
-channel, A action, M head member.
+channel, A action, M head member, G game, V amount.
 A reward is read from what happened: the frames before, the action, and the frame after, at the
 places where the player was and is: who of two players got the coin is in the picture. An end is
 read from the frames before and the action only, never from a drawn ending: see outcome.py.
+Rewards are learned as chances of the amounts that were recorded. A head that learns the mean by
+squared errors pays a little wherever a payment is not far, and agents learn to stay there: a team
+that kept gold half mined earned more from tenths than the game pays for mining it.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +25,8 @@ from worldgym.models.outcome import around, linear
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartyOutcomeConfig:
     """``frames``: K past frames read; ``members``: independent heads that are averaged;
-    ``reward_range``: lowest and highest reward of a player in one recorded step; ``games``:
-    how many are told apart by their number (1: by what they look like only)."""
+    ``amounts``: V of every game, that a player may be paid in one step; ``games``: how many are
+    told apart by their number (1: by what they look like only)."""
 
     latent_chw: tuple[int, int, int]
     channels: int
@@ -31,21 +35,21 @@ class PartyOutcomeConfig:
     width: int = 48
     hidden: int = 64
     members: int = 2
-    reward_range: tuple[float, float] | None = None
+    amounts: int = 8
     games: int = 1
 
 
 class _Reader(nn.Module):
-    """One number per player from frames, looked at where the player is."""
+    """Some numbers per player from frames, looked at where the player is."""
 
-    def __init__(self, cfg: PartyOutcomeConfig, frames: int, places: int) -> None:
+    def __init__(self, cfg: PartyOutcomeConfig, frames: int, places: int, out: int) -> None:
         super().__init__()
         c = cfg.latent_chw[0]
         self.inputs = nn.Linear(9 * (frames * c + places + 1), cfg.width)
         self.middle = nn.Linear(9 * cfg.width, cfg.width)
         own = places * (cfg.width + cfg.channels) + cfg.width + cfg.actions + 1
         self.hidden = nn.Linear(own, cfg.hidden)
-        self.last = nn.Linear(cfg.hidden, 1)
+        self.last = nn.Linear(cfg.hidden, out)
         # of every game, what is added in each layer; zeros: heads that knew no games go on
         self.games = None if cfg.games == 1 else nn.Embedding(
             cfg.games, 2 * cfg.width + cfg.hidden, _weight=torch.zeros(
@@ -54,7 +58,7 @@ class _Reader(nn.Module):
 
     def forward(self, frames_BKChw: Tensor, states_BKNS: Tensor, action_BNA: Tensor,
                 valid_BN: Tensor, game_B: Tensor | None = None) -> Tensor:
-        """(B, N); ``states_BKNS``: where the players are in the frames that ask for it."""
+        """(B, N, out); ``states_BKNS``: where the players are in the frames that ask for it."""
         added = (0.0, 0.0, 0.0) if self.games is None else self.games(game_B)[:, None].split(
             self.sizes, -1)
         grid = frames_BKChw.shape[-2:]
@@ -68,8 +72,7 @@ class _Reader(nn.Module):
         every = x.mean(1, keepdim=True).expand(-1, valid_BN.shape[1], -1)
         own = torch.cat([*here, every, states_BKNS.transpose(1, 2).flatten(2), action_BNA], 2)
         y = linear(self.hidden, own.flatten(0, 1)).unflatten(0, valid_BN.shape)
-        return linear(self.last, F.silu(y + added[2]).flatten(0, 1))[:, 0].unflatten(
-            0, valid_BN.shape)
+        return linear(self.last, F.silu(y + added[2]).flatten(0, 1)).unflatten(0, valid_BN.shape)
 
 
 def places(position_BKN2: Tensor, grid_hw: tuple[int, int] | torch.Size) -> Tensor:
@@ -83,22 +86,53 @@ def places(position_BKN2: Tensor, grid_hw: tuple[int, int] | torch.Size) -> Tens
     return (shares[0][..., :, None] * shares[1][..., None, :]).flatten(-2)
 
 
-class PartyOutcome(nn.Module):
-    """End logit and reward of every player's step: (B, M, N, 2); rewards in units of what their
-    game pays, ``reward_scale_G``."""
+def amounts_of(rewards_R: np.ndarray, count: int) -> np.ndarray:
+    """Amounts (V,) that a game pays: what was recorded, ascending, and nothing.
 
-    reward_scale_G: Tensor
+    Where that is more than ``count``, as evenly many payments lie between any two of them as can
+    be, from the least to the most. Where it is less, the last stands there again.
+    """
+    paid = np.nan_to_num(rewards_R).round(6)  # what is left of 1/3 + 1/3 - 2/3 is nothing
+    paid = paid[paid != 0]
+    known = np.unique(np.append(paid, 0))
+    if len(known) > count:
+        spread = np.quantile(paid, np.linspace(0, 1, count - 1), method="closest_observation")
+        known = np.unique(np.append(spread, 0))
+    return np.pad(known, (0, count - len(known)), "edge").astype(np.float32)
+
+
+def shares(reward_BN: Tensor, amounts_BV: Tensor) -> Tensor:
+    """Shares (B, N, V) of the amounts, whose mean is the reward: of one amount if it is one, else
+    of the two that it lies between."""
+    most = amounts_BV[:, -1:]
+    reward_BN = torch.minimum(torch.maximum(reward_BN, amounts_BV[:, :1]), most).contiguous()
+    # the last amount may be there several times: the first of them is meant
+    high = torch.searchsorted(amounts_BV.contiguous(), reward_BN)
+    low = (high - 1).clamp(min=0)
+    at_low, at_high = amounts_BV.gather(1, low), amounts_BV.gather(1, high)
+    part = ((reward_BN - at_low) / (at_high - at_low).clamp_min(1e-9)).clamp(0, 1)
+    part = torch.where(high == 0, 1, part)
+    out = torch.zeros(*reward_BN.shape, amounts_BV.shape[1]).to(reward_BN)
+    out.scatter_(2, low[..., None], 1 - part[..., None])
+    return out.scatter_(2, high[..., None], part[..., None])
+
+
+class PartyOutcome(nn.Module):
+    """End logit (B, M, N) and logits of the amounts (B, M, N, V) of every player's step."""
+
+    amounts_GV: Tensor
 
     def __init__(self, cfg: PartyOutcomeConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.ends = nn.ModuleList(_Reader(cfg, cfg.frames, 1) for _ in range(cfg.members))
-        self.rewards = nn.ModuleList(_Reader(cfg, cfg.frames + 1, 2) for _ in range(cfg.members))
-        self.register_buffer("reward_scale_G", torch.ones(cfg.games))
+        self.ends = nn.ModuleList(_Reader(cfg, cfg.frames, 1, 1) for _ in range(cfg.members))
+        self.rewards = nn.ModuleList(
+            _Reader(cfg, cfg.frames + 1, 2, cfg.amounts) for _ in range(cfg.members))
+        self.register_buffer("amounts_GV", torch.arange(cfg.amounts).float().repeat(cfg.games, 1))
 
     def forward(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
                 after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor,
-                game_B: Tensor | None = None) -> Tensor:
+                game_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``before_BNS``, ``after_BNS``: states in the last past frame and in the one after;
         ``game_B``: numbers of the games, where ``cfg.games`` > 1."""
         if game_B is None and self.cfg.games > 1:
@@ -111,24 +145,27 @@ class PartyOutcome(nn.Module):
         states = torch.where(valid_BN[:, None, :, None], states, 0)
         ends = [m(past_BKChw, states[:, :1], action, valid_BN, game_B) for m in self.ends]
         rewards = [m(both, states, action, valid_BN, game_B) for m in self.rewards]
-        return torch.stack([torch.stack(ends, 1), torch.stack(rewards, 1)], -1)
+        return torch.stack(ends, 1)[..., 0], torch.stack(rewards, 1)
+
+    def amounts(self, game_B: Tensor | None, rows: int) -> Tensor:
+        """What the rows' games pay (B, V)."""
+        if self.cfg.games > 1 and game_B is not None:
+            return self.amounts_GV[game_B]
+        return self.amounts_GV.expand(rows, -1)
 
     def predict(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
                 after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor,
                 game_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(end chance, reward), (B, N) each; zero where nobody is."""
+        """(end chance, mean reward), (B, N) each; zero where nobody is."""
         rows = len(valid_BN)
         pad = max(1, 4 - rows)  # see Outcome.predict
         given = [past_BKChw, before_BNS, after_BChw, after_BNS, actions_BN, valid_BN]
         given += [] if game_B is None else [game_B]
-        out = self(*(torch.cat([x, torch.zeros_like(x[:1]).expand(pad, *x.shape[1:])])
-                     for x in given))[:rows]
-        scale_G = self.reward_scale_G
-        scale_B = scale_G[game_B] if self.cfg.games > 1 else scale_G.expand(rows)
-        rewards = out[..., 1].mean(1) * scale_B[:, None]
-        if self.cfg.reward_range is not None:
-            rewards = rewards.clamp(*self.cfg.reward_range)
-        return (torch.where(valid_BN, out[..., 0].sigmoid().mean(1), 0),
+        end, paid = self(*(torch.cat([x, torch.zeros_like(x[:1]).expand(pad, *x.shape[1:])])
+                           for x in given))
+        chance_BNV = paid[:rows].softmax(-1).mean(1)
+        rewards = (chance_BNV * self.amounts(game_B, rows)[:, None]).sum(-1)
+        return (torch.where(valid_BN, end[:rows].sigmoid().mean(1), 0),
                 torch.where(valid_BN, rewards, 0))
 
 
@@ -146,16 +183,15 @@ class LearnedPartyOutcome(Learned):
 
 
 def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[str, Tensor],
-                       scale_G: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of the ends and squared error of the rewards over all steps of the clips.
+                       amounts_GV: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the ends and of the rewards over all steps of the clips.
 
     ``batch``: as for ``party_loss`` (see there), with ``rewards_BFN`` and ``ended_BFN`` (the player
     ended in this frame or before); a player that has ended before counts no more. ``likely_B``, if
     there (see ``PartySampler``), weighs them all: heads that saw events twice as often as they
-    happen would pay twice as often for what looks alike. ``scale_G``: what each game (of those that
-    ``cfg`` tells apart) pays, root mean square: rewards are learned in units of it, so that a game
-    that seldom pays is learned like one that always does. Squared errors, not of logarithms: where
-    what pays cannot be seen, the heads pay the mean.
+    happen would pay twice as often for what looks alike. ``amounts_GV``: what each game (of those
+    that ``cfg`` tells apart) pays, ascending; a reward between two of them counts as its shares of
+    both (``shares``), so that the mean of the chances is the reward.
     """
     latents, valid = batch["latents_BFChw"].float(), batch["valid_BN"].bool()
     states = torch.where(valid[:, None, :, None], batch["states_BFNS"].float(), 0)
@@ -172,18 +208,18 @@ def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[st
     def after(x: Tensor) -> Tensor:
         return x[:, 1:].flatten(0, 1)
 
-    out = model(past, states[:, :-1].flatten(0, 1), after(latents), after(states), after(actions),
-                valid.repeat_interleave(f - 1, 0),
-                batch["game_B"].long().repeat_interleave(f - 1) if cfg.games > 1 else None)
-    counts = there.flatten(0, 1)[:, None].expand(-1, out.shape[1], -1)
-    end, reward = (after(x).float()[:, None].expand(counts.shape)
-                   for x in (ended, torch.nan_to_num(batch["rewards_BFN"])))
-    game = batch["game_B"].long() if cfg.games > 1 else torch.zeros(b, dtype=torch.long)
-    reward = reward / scale_G.to(reward)[game].repeat_interleave(f - 1)[:, None, None]
-    bce = F.binary_cross_entropy_with_logits(out[..., 0], end, reduction="none")
+    games = batch["game_B"].long().repeat_interleave(f - 1) if cfg.games > 1 else None
+    ends, paid = model(past, states[:, :-1].flatten(0, 1), after(latents), after(states),
+                       after(actions), valid.repeat_interleave(f - 1, 0), games)
+    counts = there.flatten(0, 1)[:, None].expand(-1, ends.shape[1], -1)
+    end = after(ended).float()[:, None].expand(counts.shape)
+    amounts = amounts_GV.to(latents)[0 * counts[:, 0, 0] if games is None else games]
+    is_paid = shares(after(torch.nan_to_num(batch["rewards_BFN"].float())), amounts)[:, None]
+    bce = F.binary_cross_entropy_with_logits(ends, end, reduction="none")
+    ce = -(is_paid * paid.log_softmax(-1)).sum(-1)
     even = torch.ones(b) if "likely_B" not in batch else batch["likely_B"]
     even = counts * even.to(latents).repeat_interleave(f - 1)[:, None, None]
     total = even.sum().clamp_min(1e-6)
     bce = (bce * even).sum() / total
-    mse = (((out[..., 1] - reward) ** 2) * even).sum() / total
-    return bce + mse, {"end_bce": float(bce.detach()), "reward_mse": float(mse.detach())}
+    ce = (ce * even).sum() / total
+    return bce + ce, {"end_bce": float(bce.detach()), "reward_ce": float(ce.detach())}

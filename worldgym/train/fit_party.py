@@ -28,7 +28,7 @@ from worldgym.models.codec import CodecConfig
 from worldgym.models.party import nano_config
 from worldgym.models.party_loss import PartyLossConfig, batch_of, party_loss
 from worldgym.models.party_nano import PartyNano, PartyNanoConfig
-from worldgym.models.party_outcome import party_outcome_loss
+from worldgym.models.party_outcome import amounts_of, party_outcome_loss
 from worldgym.train.distributed import Group
 from worldgym.train.fit_party_config import ABLATIONS, FitPartyConfig
 from worldgym.train.metrics_party import measure_party, recorded_states
@@ -38,7 +38,6 @@ from worldgym.train.stages import CODEC_BATCH, Stages
 OUTCOME_BATCH = 64  # clips of as many transitions as the heads look back
 EVENTFUL = 0.5  # of these: share that pays or ends a player
 OUTCOME_FRAMES = 3  # that the heads look back: two who mine gold may do so three steps apart
-LEAST_PAY = 0.03  # root mean square: games that pay less count as if they paid this much
 SHORT = 8  # one in so many iterations on single frames sees only one frame before them
 SOON = 3  # rows before what happens that are drawn with it where the dynamics train
 # root mean square step of latents, of positions, and of facing and alive, over thirteen games
@@ -100,8 +99,8 @@ class FitParty(Stages):
         own |= {k: torch.zeros_like(v) for k, v in own.items() if k.endswith(".games.weight")}
         weights |= {k: torch.nn.functional.pad(v, (own[k].shape[1] - v.shape[1], 0))
                     for k, v in weights.items() if k.endswith(".inputs.weight")}
-        scale = "outcome.reward_scale_G"
-        weights[scale] = weights[scale].expand_as(own[scale])
+        paid = "outcome.amounts_GV"
+        weights[paid] = weights[paid].expand_as(own[paid])
         started.load_state_dict(own | weights)
         return started.eval()
 
@@ -117,7 +116,6 @@ class FitParty(Stages):
             name=cfg.name or Path(cfg.out).resolve().name, codec=codec, games=tuple(self.stores),
             cells=tuple(cells), snap=True, fps=first.fps, steps=cfg.steps,
             temperature=cfg.temperature, outcome_frames=OUTCOME_FRAMES, outcome_games=True,
-            reward_range=self._reward_range(),
             dynamics=nano_config(codec.latent_chw, len(self.stores), cfg.width, cfg.layers,
                                  recent=cfg.recent,
                                  window=cfg.window, patch=(cfg.patch,) * 2, skip=SKIP,
@@ -129,14 +127,6 @@ class FitParty(Stages):
         """Offset and size of the cells of a game's frames, over the frame's two units."""
         height, width = store.env.get("recipe", store.env).get("frame_cells_hw", (8, 10))
         return 0.0, 0.0, 2 / width, 2 / height
-
-    def _reward_range(self) -> tuple[float, float]:
-        """Lowest and highest reward of a player in one step."""
-        low, high = 0.0, 0.0
-        for store in self.stores.values():
-            rewards = store.take("rewards", np.arange(store.rows))
-            low, high = min(low, float(np.nanmin(rewards))), max(high, float(np.nanmax(rewards)))
-        return low, high
 
     def _tag(self) -> str:
         """Which recordings these are."""
@@ -305,7 +295,9 @@ class FitParty(Stages):
             return
         cfg, group, head = self.cfg, self.group, self.nano.outcome
         sampler = self._sampler(head.cfg.frames + 1, OUTCOME_BATCH, EVENTFUL)
-        head.reward_scale_G.copy_(torch.tensor([self._pay(game) for game in self.stores]))
+        head.amounts_GV.copy_(torch.from_numpy(np.stack([
+            amounts_of(store.take("rewards", self.rows[game]), head.cfg.amounts)
+            for game, store in self.stores.items()])))
 
         def loss(model, data, generator):
             batch = self._batch(data)
@@ -313,21 +305,15 @@ class FitParty(Stages):
                                 generator=generator)
             level = 0.2 * torch.rand(OUTCOME_BATCH, 1, 1, 1, 1, generator=generator)
             batch["latents_BFChw"] += (level * noise)[group.rows(OUTCOME_BATCH)].to(group.device)
-            return party_outcome_loss(model, head.cfg, batch, head.reward_scale_G)
+            return party_outcome_loss(model, head.cfg, batch, head.amounts_GV)
 
         loop = self.loop("outcome", iterations,
                          {"latents": self.latent_tag, "head": json.dumps(asdict(head.cfg)),
-                          "scale": head.reward_scale_G.tolist(),
+                          "amounts": head.amounts_GV.tolist(),
                           "eventful": EVENTFUL, "balance": cfg.balance},
                          lr=1e-3, decay=0.5, weight_decay=0.1)
         loop.run(sampler, loss, cfg.tensorboard)
         self.finish(loop)
-
-    def _pay(self, game: str) -> float:
-        """Root mean square of a game's rewards of a player's step."""
-        store, rows = self.stores[game], self.rows[game]
-        paid = np.nan_to_num(store.take("rewards", rows)[store.take("info_valid", rows)])
-        return max(LEAST_PAY, float(np.sqrt(np.square(paid).mean())))
 
     def _snapshot(self, folder: Path) -> Path:
         """Write the world that the checkpoints make now."""
