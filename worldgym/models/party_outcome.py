@@ -47,7 +47,8 @@ class _Reader(nn.Module):
         c = cfg.latent_chw[0]
         self.inputs = nn.Linear(9 * (frames * c + places + 1), cfg.width)
         self.middle = nn.Linear(9 * cfg.width, cfg.width)
-        own = places * (cfg.width + cfg.channels) + cfg.width + cfg.actions + 1
+        self.deep = nn.Linear(9 * cfg.width, cfg.width)  # three cells: as far as beams reach
+        own = places * (cfg.width + cfg.channels) + 2 * cfg.width + cfg.actions + 1
         self.hidden = nn.Linear(own, cfg.hidden)
         self.last = nn.Linear(cfg.hidden, out)
         # of every game, what is added in each layer; zeros: heads that knew no games go on
@@ -68,8 +69,11 @@ class _Reader(nn.Module):
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # marks the border against zero padding
         x = F.silu(around(self.inputs, x) + added[0])
         x = F.silu(around(self.middle, x.transpose(1, 2).unflatten(2, grid)) + added[1])
+        x = x + F.silu(around(self.deep, x.transpose(1, 2).unflatten(2, grid)))
         here = [(at_BKNP[:, k, :, :, None] * x[:, None]).sum(2) for k in range(at_BKNP.shape[1])]
-        every = x.mean(1, keepdim=True).expand(-1, valid_BN.shape[1], -1)
+        # what pays everybody may be in one cell, anywhere
+        every = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 2)
+        every = every.expand(-1, valid_BN.shape[1], -1)
         own = torch.cat([*here, every, states_BKNS.transpose(1, 2).flatten(2), action_BNA], 2)
         y = linear(self.hidden, own.flatten(0, 1)).unflatten(0, valid_BN.shape)
         return linear(self.last, F.silu(y + added[2]).flatten(0, 1)).unflatten(0, valid_BN.shape)
