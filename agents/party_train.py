@@ -14,12 +14,15 @@ from worldgym.envs.party_view import PartyView
 from worldgym.errors import LicenceError
 
 SLOTS = 16  # games side by side
+# a step of all slots brings a row of every player: short rollouts, and a third more is learned from
+# as many steps than with those of 64 at a rate of 0.0003 (seen in the games, before any dream)
+PPO = {"n_steps": 32, "batch_size": 256, "learning_rate": 1e-3}
 
 
 def party_config(**changes: Any) -> TrainConfig:
     """A ``TrainConfig`` for parties; ``envs`` are slots (games), each with all its players."""
     known: dict[str, Any] = {"observation": "crop", "frame_stack": 2, "envs": SLOTS} | changes
-    return TrainConfig(**known)
+    return TrainConfig(**known | {"hyperparameters": PPO | known.get("hyperparameters", {})})
 
 
 def view_of(config: TrainConfig) -> PartyView:

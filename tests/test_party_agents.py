@@ -16,7 +16,7 @@ from worldgym.agents import cli, party_score  # noqa: E402
 from worldgym.agents.model import read_facts  # noqa: E402
 from worldgym.agents.party_agent import TrainedPlayer, party_player, team  # noqa: E402
 from worldgym.agents.party_learner import LiveRollout, PastSelf  # noqa: E402
-from worldgym.agents.party_train import party_config, train_party_in_dream  # noqa: E402
+from worldgym.agents.party_train import PPO, party_config, train_party_in_dream  # noqa: E402
 from worldgym.agents.rollout import film, rollout  # noqa: E402
 from worldgym.agents.score import Played  # noqa: E402
 from worldgym.data.party import PartySampler  # noqa: E402
@@ -192,6 +192,15 @@ def config(**changes):
     return party_config(**{"steps": 64, "envs": 2, "save_every": 32, "tensorboard": False,
                            "progress": False, "frame_stack": 2, "hyperparameters": {
                                "n_steps": 8, "batch_size": 16, "n_epochs": 1}, **changes})
+
+
+def test_parties_learn_from_short_rollouts():
+    """Defaults of their own, of which any may be set anew."""
+    plain = party_config().hyperparameters
+    assert plain == PPO and plain["n_steps"] < 64
+    changed = party_config(hyperparameters={"n_steps": 8, "gamma": 0.9}).hyperparameters
+    assert changed == PPO | {"n_steps": 8, "gamma": 0.9}
+    assert party_config().resolved().hyperparameters["gamma"] == 0.99
 
 
 def learn(folder, rivals=1, **changes):
