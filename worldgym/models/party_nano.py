@@ -97,7 +97,8 @@ class PartyNanoConfig:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError("party configuration cannot be read", given=str(error),
                               expected="the dict that PartyNanoConfig.to_json writes",
-                              fix="take world.json from the folder of the weights") from error
+                              fix="take world.json from the folder of the weights; a world of an "
+                              "older release is to be fitted anew") from error
 
 
 class PartyNano(nn.Module):
