@@ -167,9 +167,11 @@ class PartyOutcome(nn.Module):
         given += [] if game_B is None else [game_B]
         end, paid = self(*(torch.cat([x, torch.zeros_like(x[:1]).expand(pad, *x.shape[1:])])
                            for x in given))
+        # an end or not as two chances, too: a sigmoid's bits depend on the rows beside
+        end_BMN2 = torch.stack([torch.zeros_like(end), end], -1)[:rows]
         chance_BNV = paid[:rows].softmax(-1).mean(1)
         rewards = (chance_BNV * self.amounts(game_B, rows)[:, None]).sum(-1)
-        return (torch.where(valid_BN, end[:rows].sigmoid().mean(1), 0),
+        return (torch.where(valid_BN, end_BMN2.softmax(-1).mean(1)[..., 1], 0),
                 torch.where(valid_BN, rewards, 0))
 
 
