@@ -250,19 +250,26 @@ def outcome_batch(rows, seed, cfg):
     return data
 
 
-def test_rewards_and_ends_are_learned_per_player():
-    cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=24, hidden=32,
-                             members=2, amounts=2)
+def learned(cfg, data, iterations=300, lr=8e-3, amounts=None):
+    """Heads that learned from ``data(iteration)``; ``amounts``: what the games pay."""
     model = PartyOutcome(cfg)
+    if amounts is not None:
+        model.amounts_GV.copy_(torch.tensor(amounts))
     for i, p in enumerate(model.parameters()):
         if p.ndim > 1:
             torch.nn.init.xavier_uniform_(p, generator=generator(i))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    for i in range(300):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for i in range(iterations):
         optimizer.zero_grad()
-        loss, _ = party_outcome_loss(model, cfg, outcome_batch(48, i, cfg), model.amounts_GV)
-        loss.backward()
+        party_outcome_loss(model, cfg, data(i), model.amounts_GV)[0].backward()
         optimizer.step()
+    return model
+
+
+def test_rewards_and_ends_are_learned_per_player():
+    cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=24, hidden=32,
+                             members=2, amounts=2)
+    model = learned(cfg, lambda i: outcome_batch(48, i, cfg))
     data = outcome_batch(400, 10_000, cfg)
     states, latents, valid = data["states_BFNS"], data["latents_BFChw"], data["valid_BN"].clone()
     given = (latents[:, :1], states[:, 0], latents[:, 1], states[:, 1])
@@ -334,11 +341,6 @@ def test_heads_tell_games_apart_by_their_number():
     """The same pictures pay in one game and cost in the other."""
     cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=24, hidden=32,
                              members=1, amounts=2, games=2)
-    model = PartyOutcome(cfg)
-    model.amounts_GV.copy_(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
-    for i, p in enumerate(model.parameters()):
-        if p.ndim > 1:
-            torch.nn.init.xavier_uniform_(p, generator=generator(i))
 
     def data(rows, seed):
         made = outcome_batch(rows, seed, cfg)
@@ -346,12 +348,7 @@ def test_heads_tell_games_apart_by_their_number():
         made["rewards_BFN"] = made["rewards_BFN"] * (1 - 2 * made["game_B"])[:, None, None]
         return made
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    for i in range(300):
-        optimizer.zero_grad()
-        loss, _ = party_outcome_loss(model, cfg, data(48, i), model.amounts_GV)
-        loss.backward()
-        optimizer.step()
+    model = learned(cfg, lambda i: data(48, i), amounts=[[0.0, 1.0], [-1.0, 0.0]])
     new = data(400, 10_000)
     given = [new["latents_BFChw"][:, :1], new["states_BFNS"][:, 0], new["latents_BFChw"][:, 1],
              new["states_BFNS"][:, 1], new["actions_BFN"][:, 1], new["valid_BN"]]
@@ -436,19 +433,12 @@ def test_what_seldom_pays_does_not_pay_a_little_everywhere():
     means learned by squared errors pay some hundredths in each."""
     cfg = PartyOutcomeConfig(latent_chw=(3, 4, 4), channels=2, actions=5, width=24, hidden=32,
                              members=1, amounts=2)
-    model = PartyOutcome(cfg)
-    model.amounts_GV.copy_(torch.tensor([[0.0, 8.0]]))
-    for i, p in enumerate(model.parameters()):
-        if p.ndim > 1:
-            torch.nn.init.xavier_uniform_(p, generator=generator(i))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    for i in range(300):
-        optimizer.zero_grad()
+
+    def paying(i):
         data = outcome_batch(48, i, cfg)
-        loss, _ = party_outcome_loss(model, cfg, data | {"rewards_BFN": 8 * data["rewards_BFN"]},
-                                     model.amounts_GV)
-        loss.backward()
-        optimizer.step()
+        return data | {"rewards_BFN": 8 * data["rewards_BFN"]}
+
+    model = learned(cfg, paying, amounts=[[0.0, 8.0]])
     new = outcome_batch(400, 10_000, cfg)
     _, reward = LearnedPartyOutcome(model)(
         new["latents_BFChw"][:, :1], new["states_BFNS"][:, 0], new["latents_BFChw"][:, 1],
@@ -476,15 +466,7 @@ def test_beams_of_three_cells_pay_who_sent_them():
                 "rewards_BFN": torch.stack([0 * pays, pays], 1),
                 "ended_BFN": torch.zeros(rows, 2, 7, dtype=torch.bool)}
 
-    model = PartyOutcome(cfg)
-    for i, p in enumerate(model.parameters()):
-        if p.ndim > 1:
-            torch.nn.init.xavier_uniform_(p, generator=generator(i))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for i in range(400):
-        optimizer.zero_grad()
-        party_outcome_loss(model, cfg, data(64, i), model.amounts_GV)[0].backward()
-        optimizer.step()
+    model = learned(cfg, lambda i: data(64, i), iterations=400, lr=5e-3)
     new = data(600, 10_000)
     _, reward = LearnedPartyOutcome(model)(
         new["latents_BFChw"][:, :1], new["states_BFNS"][:, 0], new["latents_BFChw"][:, 1],
