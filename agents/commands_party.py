@@ -216,6 +216,10 @@ class TrainParty:
         from worldgym.agents.commands import settings
         from worldgym.envs.party_tasks import load_party
 
+        if self.real and self.beginnings:
+            raise ConfigError("the real game always starts at the beginning",
+                              given="--real --beginnings", expected="one of them",
+                              fix="leave out --beginnings")
         config = party_train.party_config(
             steps=self.steps, minutes=self.minutes, envs=self.slots, seed=self.seed,
             save_every=self.save_every, init=None if self.init is None else str(self.init),

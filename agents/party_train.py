@@ -14,8 +14,8 @@ from worldgym.envs.party_view import PartyView
 from worldgym.errors import LicenceError
 
 SLOTS = 16  # games side by side
-# a step of all slots brings a row of every player: short rollouts, and a third more is learned from
-# as many steps than with those of 64 at a rate of 0.0003 (seen in the games, before any dream)
+# a step of all slots brings a row of every player: with rollouts of 64 at a rate of 0.0003 teams
+# learned less from as many steps of the games (envs/worlds/party/LOG.md)
 PPO = {"n_steps": 32, "batch_size": 256, "learning_rate": 1e-3}
 
 

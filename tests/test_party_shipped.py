@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pettingzoo.test import parallel_api_test, parallel_seed_test
 
 from worldgym.agents import results
@@ -36,6 +37,14 @@ def test_files_and_card():
     told = card["metrics"]["pooled"]
     assert told["position_1"] > 0.9 > told["position_1_copy"] + 0.2
     assert told["psnr_1"] > 30
+
+
+def test_a_frame_does_not_know_its_batch():
+    """Decoded among 32 rows and alone: the same bytes."""
+    world = load_party(ID).world
+    z_BChw = torch.randn(32, *world.spec.latent_chw, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([world.decode(row) for row in z_BChw.split(1)])
+    assert torch.equal(world.decode(z_BChw), alone)
 
 
 @pytest.mark.parametrize("game", GAMES)

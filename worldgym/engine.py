@@ -93,7 +93,8 @@ class World:
         if tuple(latents_BChw.shape[1:]) != tuple(self.spec.latent_chw):
             raise ShapeError("latents have the wrong shape", given=tuple(latents_BChw.shape),
                              expected=("batch", *self.spec.latent_chw), fix="use World.encode")
-        return self.codec.decode(latents_BChw.to(self.device))
+        z = latents_BChw.to(self.device)  # CPU: row by row; convolutions round by the rows beside
+        return torch.cat([self.codec.decode(x) for x in z.split(1 if z.is_cpu else max(1, len(z)))])
 
     def pictures(self, state: WorldState) -> Tensor:
         """The newest frame of every slot, uint8 (B, H, W, 3)."""
@@ -181,8 +182,7 @@ class World:
                 "index_B": state.index_B + n, "step_B": state.step_B + 1,
                 "lengths_B": np.minimum(state.lengths_B + n, self.history),
                 "seed_B": state.seed_B, "episode_B": state.episode_B, "branch_B": state.branch_B}
-            new = WorldState(self.pool, self.fingerprint, tables, history, pending, counters,
-                             extra)
+            new = WorldState(self.pool, self.fingerprint, tables, history, pending, counters, extra)
         finally:  # the new state holds the pages now, or nobody does
             self.pool.decref(_unowned(tables, state.tables))
         return new, chunk

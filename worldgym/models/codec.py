@@ -122,12 +122,8 @@ class Codec(nn.Module):
         return self.decoder(z_BCHW * self.std[:, None, None] + self.mean[:, None, None])
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
-        """Frames uint8 (B, H, W, 3) of normalised latents (B, C, h, w).
-
-        On a CPU row by row: convolutions round by the rows beside, a pixel in a million by one.
-        """
-        rows = z_BCHW.split(1) if z_BCHW.device.type == "cpu" and len(z_BCHW) else [z_BCHW]
-        pixels = torch.cat([self.decode_pixels(row) for row in rows]).clamp(-1, 1)
+        """Frames uint8 (B, H, W, 3) of normalised latents (B, C, h, w)."""
+        pixels = self.decode_pixels(z_BCHW).clamp(-1, 1)
         return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -108,8 +108,7 @@ def amounts_of(rewards_R: np.ndarray, count: int) -> np.ndarray:
 def shares(reward_BN: Tensor, amounts_BV: Tensor) -> Tensor:
     """Shares (B, N, V) of the amounts, whose mean is the reward: of one amount if it is one, else
     of the two that it lies between."""
-    most = amounts_BV[:, -1:]
-    reward_BN = torch.minimum(torch.maximum(reward_BN, amounts_BV[:, :1]), most).contiguous()
+    reward_BN = reward_BN.clamp(amounts_BV[:, :1], amounts_BV[:, -1:]).contiguous()
     # the last amount may be there several times: the first of them is meant
     high = torch.searchsorted(amounts_BV.contiguous(), reward_BN)
     low = (high - 1).clamp(min=0)
@@ -119,6 +118,11 @@ def shares(reward_BN: Tensor, amounts_BV: Tensor) -> Tensor:
     out = torch.zeros(*reward_BN.shape, amounts_BV.shape[1]).to(reward_BN)
     out.scatter_(2, low[..., None], 1 - part[..., None])
     return out.scatter_(2, high[..., None], part[..., None])
+
+
+def paid_by(amounts_GV: Tensor, game_B: Tensor | None, rows: int) -> Tensor:
+    """Amounts (B, V) of the rows' games; ``game_B`` counts where there are several."""
+    return amounts_GV.expand(rows, -1) if len(amounts_GV) == 1 else amounts_GV[game_B]
 
 
 class PartyOutcome(nn.Module):
@@ -151,12 +155,6 @@ class PartyOutcome(nn.Module):
         rewards = [m(both, states, action, valid_BN, game_B) for m in self.rewards]
         return torch.stack(ends, 1)[..., 0], torch.stack(rewards, 1)
 
-    def amounts(self, game_B: Tensor | None, rows: int) -> Tensor:
-        """What the rows' games pay (B, V)."""
-        if self.cfg.games > 1 and game_B is not None:
-            return self.amounts_GV[game_B]
-        return self.amounts_GV.expand(rows, -1)
-
     def predict(self, past_BKChw: Tensor, before_BNS: Tensor, after_BChw: Tensor,
                 after_BNS: Tensor, actions_BN: Tensor, valid_BN: Tensor,
                 game_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -170,7 +168,7 @@ class PartyOutcome(nn.Module):
         # an end or not as two chances, too: a sigmoid's bits depend on the rows beside
         end_BMN2 = torch.stack([torch.zeros_like(end), end], -1)[:rows]
         chance_BNV = paid[:rows].softmax(-1).mean(1)
-        rewards = (chance_BNV * self.amounts(game_B, rows)[:, None]).sum(-1)
+        rewards = (chance_BNV * paid_by(self.amounts_GV, game_B, rows)[:, None]).sum(-1)
         return (torch.where(valid_BN, end_BMN2.softmax(-1).mean(1)[..., 1], 0),
                 torch.where(valid_BN, rewards, 0))
 
@@ -219,7 +217,7 @@ def party_outcome_loss(model: nn.Module, cfg: PartyOutcomeConfig, batch: dict[st
                        after(actions), valid.repeat_interleave(f - 1, 0), games)
     counts = there.flatten(0, 1)[:, None].expand(-1, ends.shape[1], -1)
     end = after(ended).float()[:, None].expand(counts.shape)
-    amounts = amounts_GV.to(latents)[0 * counts[:, 0, 0] if games is None else games]
+    amounts = paid_by(amounts_GV.to(latents), games, len(counts))
     is_paid = shares(after(torch.nan_to_num(batch["rewards_BFN"].float())), amounts)[:, None]
     bce = F.binary_cross_entropy_with_logits(ends, end, reduction="none")
     ce = -(is_paid * paid.log_softmax(-1)).sum(-1)
